@@ -1,0 +1,86 @@
+"""Flax's rules on top of the functions: what linen's and NNX's norms share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax.linen.dtypes import canonicalize_dtype
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from jax_layernorm import _arguments, _functions
+
+Axes = int | Sequence[int]
+
+
+def apply_norm(
+    params: dict[str, Array | None],
+    x: ArrayLike,
+    mask: ArrayLike | None,
+    residual: ArrayLike | None,
+    *,
+    center: bool,
+    dtype: DTypeLike | None,
+    reduction_axes: Axes,
+    feature_axes: Axes,
+    axis_index_groups: Any,
+    **options: Any,
+) -> Any:
+    """`y`, or `(y, residual + x)`, in the dtype that Flax gives `y`.
+
+    That is `dtype`, or the promoted dtype of `x` and the parameters. Where it is
+    float64 the statistics are too, as Flax's are: a narrower `x` is widened first.
+    """
+    if axis_index_groups is not None:
+        raise NotImplementedError(
+            "axis_index_groups must be None; got"
+            f" {axis_index_groups!r}. Use a mesh with one axis for each group, and name"
+            " the axis within the group in axis_name."
+        )
+    x = jnp.asarray(x)
+    axis = _as_tuple(reduction_axes)
+    if _positive(_as_tuple(feature_axes), x.ndim) != _positive(axis, x.ndim):
+        raise NotImplementedError(
+            "feature_axes must be reduction_axes in this version; got"
+            f" {feature_axes!r} and {reduction_axes!r}. Norm without parameters"
+            " (use_scale=False, use_bias=False), then multiply and add."
+        )
+    dtype = canonicalize_dtype(x, *params.values(), dtype=dtype)  # of an integer x too
+    x = _as_floating(x)
+    options |= {"axis": axis, "dtype": dtype, "mask": mask}
+    norm = _functions.layer_norm if center else _functions.rms_norm
+    if residual is None:
+        return norm(params, _as_wide_as(dtype, x), **options)
+    if dtype == jnp.float64:
+        total = _arguments.check_residual(residual, x) + x
+        return norm(params, _as_wide_as(dtype, total), **options), total
+    add_norm = _functions.add_layer_norm if center else _functions.add_rms_norm
+    return add_norm(params, x, residual, **options)
+
+
+def feature_shape(x: Array, feature_axes: Axes) -> tuple[int, ...]:
+    """The shape of the parameters, once `x` and the axes have been found to fit."""
+    x = _arguments.check_x(_as_floating(x))
+    axes = _arguments.check_axis(_as_tuple(feature_axes), x.ndim)
+    return tuple(x.shape[axis] for axis in axes)
+
+
+def _as_tuple(axes: Axes) -> tuple[int, ...]:
+    return tuple(axes) if isinstance(axes, Sequence) else (axes,)
+
+
+def _positive(axes: tuple[int, ...], ndim: int) -> tuple[int, ...]:
+    return tuple(axis + ndim if axis < 0 else axis for axis in axes)
+
+
+def _as_floating(x: Array) -> Array:
+    """An integer or boolean `x` as float32, as Flax does."""
+    if jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == jnp.bool_:
+        return x.astype(jnp.float32)
+    return x
+
+
+def _as_wide_as(dtype: DTypeLike, x: Array) -> Array:
+    return x.astype(dtype) if dtype == jnp.float64 else x

@@ -1,0 +1,453 @@
+"""The public functions: check the arguments, build the `NormSpec`, call `normalize`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, TypedDict, Unpack, overload
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from jax_layernorm import _arguments
+from jax_layernorm._arguments import Implementation
+from jax_layernorm._equations import NormSpec
+from jax_layernorm._normalize import Normalized, Statistics, normalize
+
+Params = Mapping[str, ArrayLike | None]
+
+
+class Options(TypedDict, total=False):
+    """The keyword arguments of all four functions that do not change what returns."""
+
+    axis: int | tuple[int, ...]
+    epsilon: float
+    scale_offset: float
+    dtype: DTypeLike | None
+    mask: ArrayLike | None
+    axis_name: str | tuple[str, ...] | None
+    custom_vjp: bool
+    implementation: Implementation | None
+
+
+@overload
+def layer_norm(
+    params: Params,
+    x: ArrayLike,
+    *,
+    return_statistics: Literal[False] = ...,
+    **options: Unpack[Options],
+) -> Array: ...
+@overload
+def layer_norm(
+    params: Params,
+    x: ArrayLike,
+    *,
+    return_statistics: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Array, Statistics]: ...
+def layer_norm(
+    params: Params,
+    x: ArrayLike,
+    *,
+    axis: int | tuple[int, ...] = -1,
+    epsilon: float = 1e-6,
+    scale_offset: float = 0.0,
+    dtype: DTypeLike | None = None,
+    mask: ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    return_statistics: bool = False,
+    custom_vjp: bool = True,
+    implementation: Implementation | None = None,
+) -> Any:
+    """Layer normalization over `axis`, with a hand-written backward pass.
+
+        y = (x - mean) * rstd * (scale_offset + scale) + bias
+        rstd = 1 / sqrt(var + epsilon)
+
+    Statistics and arithmetic are in float32 (float64 for float64 `x`), by a
+    compensated two-pass formula, so a large common offset of a row costs no accuracy.
+
+    Args:
+      params: a mapping with optional `scale` and `bias`, each `(features,)`, any
+        floating dtype; missing or None: left out. Without a scale the factor is 1
+        and `scale_offset` plays no part.
+      x: `(*batch, features)`, bfloat16, float16, float32 or float64. (A float64 NumPy
+        array becomes float32 unless x64 is enabled, as everywhere in JAX.)
+      axis: the normalized axis. In this version the last one.
+      epsilon: added to the variance; a static number. The default is Flax's; torch's
+        is 1e-5.
+      scale_offset: added to `scale` in float32; a static number. 1.0 gives the
+        zero-centred gain of Gemma.
+      dtype: of `y`; None keeps `x.dtype`, also where the parameters are wider.
+      mask: not in this version.
+      axis_name: not in this version.
+      return_statistics: also return `Statistics(mean, rstd)`, differentiable.
+      custom_vjp: use the hand-written backward pass. False lets JAX differentiate the
+        same equations: needed for forward mode (`jvp`, `jacfwd`, `linearize`, `jet`),
+        costs more memory in reverse mode.
+      implementation: None for the best that can run, chosen when the program is
+        lowered for its platform; or a name, which raises where it cannot run.
+
+    Returns:
+      `y`, of the shape of `x`; with `return_statistics`, `(y, Statistics)`.
+
+    Raises:
+      TypeError: an argument is of the wrong kind or dtype.
+      ValueError: an argument's value or shape does not fit; the message says how.
+      NotImplementedError: the arguments ask for what this version, or the named
+        implementation, cannot do.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import jax_layernorm as jln
+      >>> x = jnp.array([[1.0, 2.0, 3.0, 6.0], [10.0, 10.0, 10.0, 14.0]])
+      >>> params = jln.init_params(4)
+      >>> print(jln.layer_norm(params, x))
+      [[-1.069 -0.535  0.     1.604]
+       [-0.577 -0.577 -0.577  1.732]]
+      >>> grads = jax.grad(lambda p: jln.layer_norm(p, x)[:, 3].sum())(params)
+      >>> print(grads["scale"], grads["bias"])
+      [0.    0.    0.    3.336] [0. 0. 0. 2.]
+
+    References:
+      Ba, Kiros, Hinton, "Layer Normalization", 2016, arXiv:1607.06450.
+    """
+    out = _norm(
+        params,
+        x,
+        None,
+        fused_add=False,
+        center=True,
+        axis=axis,
+        epsilon=epsilon,
+        scale_offset=scale_offset,
+        dtype=dtype,
+        mask=mask,
+        axis_name=axis_name,
+        return_statistics=return_statistics,
+        custom_vjp=custom_vjp,
+        implementation=implementation,
+    )
+    return out.y if out.statistics is None else (out.y, out.statistics)
+
+
+@overload
+def rms_norm(
+    params: Params,
+    x: ArrayLike,
+    *,
+    return_statistics: Literal[False] = ...,
+    **options: Unpack[Options],
+) -> Array: ...
+@overload
+def rms_norm(
+    params: Params,
+    x: ArrayLike,
+    *,
+    return_statistics: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Array, Statistics]: ...
+def rms_norm(
+    params: Params,
+    x: ArrayLike,
+    *,
+    axis: int | tuple[int, ...] = -1,
+    epsilon: float = 1e-6,
+    scale_offset: float = 0.0,
+    dtype: DTypeLike | None = None,
+    mask: ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    return_statistics: bool = False,
+    custom_vjp: bool = True,
+    implementation: Implementation | None = None,
+) -> Any:
+    """RMS normalization over `axis`: layer norm that does not subtract the mean.
+
+        y = x * rstd * (scale_offset + scale) + bias
+        rstd = 1 / sqrt(mean(x^2) + epsilon)
+
+    Args:
+      params: as for `layer_norm`.
+      x: `(*batch, features)`, bfloat16, float16, float32 or float64.
+      **options: the keyword arguments of `layer_norm`, all of them.
+
+    Returns:
+      `y`, of the shape of `x`; with `return_statistics`, `(y, Statistics)`, where
+      `mean` is 0.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: as `layer_norm`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jax_layernorm as jln
+      >>> params = jln.init_params(2, bias=False)
+      >>> print(jln.rms_norm(params, jnp.array([3.0, 4.0])))
+      [0.849 1.131]
+
+    References:
+      Zhang, Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1910.07467.
+    """
+    out = _norm(
+        params,
+        x,
+        None,
+        fused_add=False,
+        center=False,
+        axis=axis,
+        epsilon=epsilon,
+        scale_offset=scale_offset,
+        dtype=dtype,
+        mask=mask,
+        axis_name=axis_name,
+        return_statistics=return_statistics,
+        custom_vjp=custom_vjp,
+        implementation=implementation,
+    )
+    return out.y if out.statistics is None else (out.y, out.statistics)
+
+
+@overload
+def add_layer_norm(
+    params: Params,
+    x: ArrayLike,
+    residual: ArrayLike,
+    *,
+    return_statistics: Literal[False] = ...,
+    **options: Unpack[Options],
+) -> tuple[Array, Array]: ...
+@overload
+def add_layer_norm(
+    params: Params,
+    x: ArrayLike,
+    residual: ArrayLike,
+    *,
+    return_statistics: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Array, Array, Statistics]: ...
+def add_layer_norm(
+    params: Params,
+    x: ArrayLike,
+    residual: ArrayLike,
+    *,
+    axis: int | tuple[int, ...] = -1,
+    epsilon: float = 1e-6,
+    scale_offset: float = 0.0,
+    dtype: DTypeLike | None = None,
+    mask: ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    return_statistics: bool = False,
+    custom_vjp: bool = True,
+    implementation: Implementation | None = None,
+) -> Any:
+    """The residual sum and its layer norm, in one pass each way.
+
+        total = residual + x
+        y = layer_norm(params, total)
+
+    What is normalized is the sum as it is returned, so `y` has the very bits of
+    `layer_norm(params, total)`.
+
+    Args:
+      params: as for `layer_norm`.
+      x: `(*batch, features)`, the output of a block.
+      residual: the stream it is added to, of the shape of `x` and any floating dtype.
+      **options: the keyword arguments of `layer_norm`, all of them.
+
+    Returns:
+      `(y, total)`; with `return_statistics`, `(y, total, Statistics)`. `total` has the
+      promoted dtype of `x` and `residual` (a float32 stream stays float32), `y` has
+      `dtype` or that of `x`.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: as `layer_norm`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jax_layernorm as jln
+      >>> x, stream = jnp.array([[1.0, -1.0]]), jnp.array([[2.0, 6.0]])
+      >>> y, stream = jln.add_layer_norm(jln.init_params(2), x, stream)
+      >>> print(y, stream)
+      [[-1.  1.]] [[3. 5.]]
+
+    References:
+      Ba, Kiros, Hinton, "Layer Normalization", 2016, arXiv:1607.06450.
+    """
+    out = _norm(
+        params,
+        x,
+        residual,
+        fused_add=True,
+        center=True,
+        axis=axis,
+        epsilon=epsilon,
+        scale_offset=scale_offset,
+        dtype=dtype,
+        mask=mask,
+        axis_name=axis_name,
+        return_statistics=return_statistics,
+        custom_vjp=custom_vjp,
+        implementation=implementation,
+    )
+    pair = (out.y, out.total)
+    return pair if out.statistics is None else (*pair, out.statistics)
+
+
+@overload
+def add_rms_norm(
+    params: Params,
+    x: ArrayLike,
+    residual: ArrayLike,
+    *,
+    return_statistics: Literal[False] = ...,
+    **options: Unpack[Options],
+) -> tuple[Array, Array]: ...
+@overload
+def add_rms_norm(
+    params: Params,
+    x: ArrayLike,
+    residual: ArrayLike,
+    *,
+    return_statistics: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Array, Array, Statistics]: ...
+def add_rms_norm(
+    params: Params,
+    x: ArrayLike,
+    residual: ArrayLike,
+    *,
+    axis: int | tuple[int, ...] = -1,
+    epsilon: float = 1e-6,
+    scale_offset: float = 0.0,
+    dtype: DTypeLike | None = None,
+    mask: ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
+    return_statistics: bool = False,
+    custom_vjp: bool = True,
+    implementation: Implementation | None = None,
+) -> Any:
+    """The residual sum and its RMS norm, in one pass each way.
+
+        total = residual + x
+        y = rms_norm(params, total)
+
+    Args:
+      params: as for `layer_norm`.
+      x: `(*batch, features)`, the output of a block.
+      residual: the stream it is added to, of the shape of `x` and any floating dtype.
+      **options: the keyword arguments of `layer_norm`, all of them.
+
+    Returns:
+      `(y, total)`, or `(y, total, Statistics)`, with dtypes as for `add_layer_norm`.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: as `layer_norm`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jax_layernorm as jln
+      >>> x, stream = jnp.array([[1.0, -2.0]]), jnp.array([[2.0, 6.0]])
+      >>> y, stream = jln.add_rms_norm(jln.init_params(2, bias=False), x, stream)
+      >>> print(y, stream)
+      [[0.849 1.131]] [[3. 4.]]
+
+    References:
+      Zhang, Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1910.07467.
+    """
+    out = _norm(
+        params,
+        x,
+        residual,
+        fused_add=True,
+        center=False,
+        axis=axis,
+        epsilon=epsilon,
+        scale_offset=scale_offset,
+        dtype=dtype,
+        mask=mask,
+        axis_name=axis_name,
+        return_statistics=return_statistics,
+        custom_vjp=custom_vjp,
+        implementation=implementation,
+    )
+    pair = (out.y, out.total)
+    return pair if out.statistics is None else (*pair, out.statistics)
+
+
+def _norm(
+    params: Any,
+    x: Any,
+    residual: Any,
+    *,
+    fused_add: bool,
+    center: bool,
+    axis: Any,
+    epsilon: Any,
+    scale_offset: Any,
+    dtype: Any,
+    mask: Any,
+    axis_name: Any,
+    return_statistics: Any,
+    custom_vjp: Any,
+    implementation: Any,
+) -> Normalized:
+    x = _arguments.check_x(x)
+    if fused_add:
+        residual = _arguments.check_residual(residual, x)
+    axes = _arguments.check_axis(axis, x.ndim)
+    scale, bias = _arguments.check_params(params, x, axes)
+    _arguments.check_not_yet(mask, axis_name)
+    custom_vjp = _arguments.check_flag("custom_vjp", custom_vjp)
+    spec = NormSpec(
+        center=center,
+        axes=axes,
+        epsilon=_arguments.check_epsilon(epsilon),
+        scale_offset=_arguments.check_scale_offset(scale_offset),
+        dtype=_arguments.check_dtype(dtype, x),
+        return_statistics=_arguments.check_flag("return_statistics", return_statistics),
+        implementation=_arguments.check_implementation(
+            implementation, custom_vjp=custom_vjp
+        ),
+    )
+    return normalize(spec, x, residual, scale, bias, custom_vjp=custom_vjp)
+
+
+def init_params(
+    features: int | tuple[int, ...],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    scale: bool = True,
+    bias: bool = True,
+) -> dict[str, Array]:
+    """Parameters that leave a norm plain: a scale of ones and a bias of zeros.
+
+    The tree is the one that Flax's norms store. With `scale_offset=1.0` start from
+    zeros instead.
+
+    Args:
+      features: the length of the normalized axis, or the lengths of several.
+      dtype: of the parameters.
+      scale: whether to make `scale`.
+      bias: whether to make `bias`.
+
+    Returns:
+      A dict with `scale` and `bias`, each of shape `(features,)` or `features`.
+
+    Raises:
+      TypeError: `features` is no integer or tuple of them, or `dtype` is not floating.
+      ValueError: a negative length, or float64 without x64.
+
+    Example:
+      >>> import jax_layernorm as jln
+      >>> jln.init_params(3, bias=False)
+      {'scale': Array([1., 1., 1.], dtype=float32)}
+    """
+    shape = _arguments.check_features(features)
+    dtype = _arguments.check_param_dtype(dtype)
+    params = {}
+    if _arguments.check_flag("scale", scale):
+        params["scale"] = jnp.ones(shape, dtype)
+    if _arguments.check_flag("bias", bias):
+        params["bias"] = jnp.zeros(shape, dtype)
+    return params

@@ -1,0 +1,161 @@
+"""A kernel op: a JAX primitive that *is* its reference function.
+
+Abstract evaluation, differentiation, batching and the meaning of the op are all
+those of a plain `jax.numpy` function, so the op is right under every
+transformation by construction. A kernel enters in one place only, when the op
+is lowered for a platform, where `select` picks the function to run.
+
+Two simpler ways do not work. `lax.platform_dependent` traces every branch on
+every platform, which breaks export for several platforms at once and second
+derivatives of kernels. Asking `jax.default_backend()` while tracing is wrong
+for ahead-of-time compilation and for export.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+class Problem(NamedTuple):
+    """What is known about one use of a kernel op when it is lowered.
+
+    Attributes:
+      op: the name of the op.
+      operands: the op's positional arguments, abstract (`.shape`, `.dtype`); None
+        where left out.
+      static: the op's keyword arguments.
+      platform: one of `PLATFORMS`, or "" for any other.
+      partitioned: XLA will split this op over several devices; a kernel, opaque
+        to XLA, cannot be split.
+      exported: the program is to be saved and run elsewhere, by another version.
+    """
+
+    op: str
+    operands: tuple[Any, ...]
+    static: dict[str, Any]
+    platform: str
+    partitioned: bool
+    exported: bool
+
+
+class Select(Protocol):
+    def __call__(self, problem: Problem) -> Callable[..., Any]:
+        """The function to run for `problem`, with the signature of the reference."""
+        ...
+
+
+def kernel_op(
+    name: str, reference: Callable[..., Any], select: Select
+) -> Callable[..., Any]:
+    """Makes `op(*operands, **static)`, which computes `reference(*operands, **static)`.
+
+    Args:
+      name: of the primitive, as it shows in a jaxpr.
+      reference: operands are pytrees of arrays, static arguments hashable; returns a
+        pytree of arrays. It must not depend on JAX's global settings.
+      select: called at lowering; what it raises reaches the user.
+    """
+    primitive = Primitive(name)
+    primitive.multiple_results = True
+
+    def flat(function: Callable[..., Any], treedef: Any, static: Any) -> Any:
+        def on_leaves(*leaves: Any) -> list[Any]:
+            operands = jax.tree.unflatten(treedef, leaves)
+            return jax.tree.leaves(function(*operands, **dict(static)))
+
+        return on_leaves
+
+    @functools.lru_cache(maxsize=4096)
+    def traced(
+        avals: tuple[Any, ...], treedef: Any, static: Any, context: Hashable
+    ) -> tuple[list[Any], Any]:
+        operands = jax.tree.unflatten(treedef, avals)
+        jaxpr, shapes = jax.make_jaxpr(
+            functools.partial(reference, **dict(static)), return_shape=True
+        )(*operands)
+        return list(jaxpr.out_avals), jax.tree.structure(shapes)
+
+    def outputs(avals: Any, treedef: Any, static: Any) -> tuple[list[Any], Any]:
+        mesh = jax.sharding.get_abstract_mesh()  # shardings of outputs depend on it
+        return traced(tuple(avals), treedef, static, mesh)
+
+    def op(*operands: Any, **static: Hashable) -> Any:
+        leaves, treedef = jax.tree.flatten(operands)
+        items = tuple(sorted(static.items()))
+        _, out_tree = outputs(map(jax.typeof, leaves), treedef, items)
+        results = primitive.bind(*leaves, treedef=treedef, static=items)
+        return jax.tree.unflatten(out_tree, results)
+
+    @functools.lru_cache(maxsize=4096)
+    def compiled(treedef: Any, static: Any) -> Callable[..., Any]:
+        return jax.jit(
+            functools.partial(primitive.bind, treedef=treedef, static=static)
+        )
+
+    def evaluate(*leaves: Any, treedef: Any, static: Any) -> Any:
+        with jax.disable_jit(False):  # a primitive is compiled even then
+            return compiled(treedef, static)(*leaves)
+
+    def abstract_eval(*avals: Any, treedef: Any, static: Any) -> list[Any]:
+        return outputs(avals, treedef, static)[0]
+
+    def jvp(primals: Any, tangents: Any, *, treedef: Any, static: Any) -> Any:
+        results = primitive.bind(*primals, treedef=treedef, static=static)
+        moving = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
+        if not moving:
+            return results, [ad.Zero(jax.typeof(r).to_tangent_aval()) for r in results]
+
+        def along(*values: Any) -> list[Any]:
+            leaves = list(primals)
+            for i, value in zip(moving, values, strict=True):
+                leaves[i] = value
+            return flat(reference, treedef, static)(*leaves)
+
+        _, out_tangents = jax.jvp(
+            along, [primals[i] for i in moving], [tangents[i] for i in moving]
+        )
+        return results, out_tangents
+
+    def batch(args: Any, dims: Any, *, treedef: Any, static: Any) -> Any:
+        results = jax.vmap(flat(reference, treedef, static), in_axes=tuple(dims))(*args)
+        return results, [0] * len(results)
+
+    def lower(platform: str, ctx: Any, *args: Any, treedef: Any, static: Any) -> Any:
+        function = select(
+            Problem(
+                op=name,
+                operands=jax.tree.unflatten(treedef, ctx.avals_in),
+                static=dict(static),
+                platform=platform,
+                partitioned=_is_partitioned(ctx.module_context.axis_context),
+                exported=ctx.module_context.lowering_parameters.for_export,
+            )
+        )
+        rule = mlir.lower_fun(flat(function, treedef, static), multiple_results=True)
+        return rule(ctx, *args)
+
+    primitive.def_impl(evaluate)
+    primitive.def_abstract_eval(abstract_eval)
+    ad.primitive_jvps[primitive] = jvp
+    batching.primitive_batchers[primitive] = batch
+    mlir.register_lowering(primitive, functools.partial(lower, ""))
+    for platform in PLATFORMS:
+        mlir.register_lowering(
+            primitive, functools.partial(lower, platform), platform=platform
+        )
+    return op
+
+
+def _is_partitioned(axis_context: Any) -> bool:
+    """Whether XLA's partitioner will split what is lowered in this context."""
+    if isinstance(axis_context, mlir.SPMDAxisContext):  # inside shard_map
+        return set(axis_context.manual_axes) != set(axis_context.mesh.axis_names)
+    return getattr(axis_context, "num_devices", 1) != 1
