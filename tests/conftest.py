@@ -1,0 +1,45 @@
+"""Settings of the whole test run."""
+
+import importlib
+import sys
+import typing
+
+import beartype  # noqa: F401  before TYPE_CHECKING is set, which it reads
+import jax
+import jaxtyping
+import pytest
+
+import jax_layernorm
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+# The equations name their shapes under TYPE_CHECKING, since jaxtyping is no runtime
+# dependency. Here they are loaded a second time, in place, with annotations that are
+# real and checked at every call.
+typing.TYPE_CHECKING = True
+with jaxtyping.install_import_hook("jax_layernorm._equations", "beartype.beartype"):
+    for name in [name for name in sys.modules if name.startswith("jax_layernorm")]:
+        del sys.modules[name]
+    jax_layernorm = importlib.import_module("jax_layernorm")
+typing.TYPE_CHECKING = False
+
+
+@pytest.fixture
+def strict_promotion():
+    """Implicit promotion of dtypes or ranks is an error, as in careful users' code."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def quick_compilation():
+    """For tests that compile much and time nothing: most of XLA's passes left out."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

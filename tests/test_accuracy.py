@@ -1,0 +1,181 @@
+"""Values and gradients against float64, at every dtype and offset."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+import jax_layernorm as jln
+
+pytestmark = pytest.mark.usefixtures("strict_promotion")
+
+OFFSETS = (0.0, 1e2, 1e4, 1e6)
+DTYPES = ("float32", "bfloat16", "float16")
+SHAPES = ((7, 128), (3, 5, 96), (1, 1), (4, 1), (33,), (2, 3000), (1000, 8))
+
+
+def draw(shape, *, offset=0.0, dtype="float32", seed=0):
+    """`x`, `scale`, `bias` and a random cotangent; the spread of `x` is one."""
+    rng = np.random.default_rng(seed)
+    x = (rng.normal(size=shape) + offset).astype(jnp.dtype(dtype))
+    scale, bias = rng.normal(size=(2, shape[-1])) + [[1], [0]]
+    dy = rng.normal(size=shape).astype(jnp.dtype(dtype))
+    return tuple(
+        jnp.asarray(a, t)
+        for a, t in zip(
+            (x, scale, bias, dy), (dtype, "float32", "float32", dtype), strict=True
+        )
+    )
+
+
+def forward_and_gradients(function, x, scale, bias, dy, **options):
+    params = {"scale": scale, "bias": bias}
+
+    @jax.jit
+    def run(params, x, dy):
+        y, vjp = jax.vjp(lambda p, x: function(p, x, **options), params, x)
+        return y, *vjp(dy)
+
+    y, dparams, dx = run(params, x, dy)
+    return y, dx, dparams["scale"], dparams["bias"]
+
+
+def assert_right(function, x, scale, bias, dy, *, center, **options):
+    y, dx, dscale, dbias = forward_and_gradients(
+        function, x, scale, bias, dy, **options
+    )
+    expected = oracle.norm(x, scale, bias, dy, center=center, **options)
+    rows = dy.size // dy.shape[-1]
+    oracle.assert_close(y, expected.y)
+    oracle.assert_close(dx, expected.dx, against=expected.dx_size)
+    oracle.assert_close(dscale, expected.dscale, summed=rows)
+    oracle.assert_close(dbias, expected.dbias, summed=rows)
+    assert y.dtype == dx.dtype == x.dtype
+    assert dscale.dtype == dbias.dtype == scale.dtype
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_offset_costs_no_accuracy(dtype, offset):
+    if dtype == "float16" and offset > 6e4:
+        offset = 6e4  # near the largest float16
+    assert_right(
+        jln.layer_norm, *draw((64, 384), offset=offset, dtype=dtype), center=True
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("function", (jln.layer_norm, jln.rms_norm))
+def test_values_and_gradients_are_right(function, shape, dtype):
+    center = function is jln.layer_norm
+    assert_right(function, *draw(shape, dtype=dtype), center=center)
+
+
+def test_at_an_offset_of_1e4_the_forward_error_stays_under_2e_6():
+    x, *_ = draw((256, 768), offset=1e4)
+    y = jln.layer_norm({}, x)
+    assert np.max(np.abs(np.asarray(y, np.float64) - oracle.norm(x).y)) < 2e-6
+
+
+@pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("offset", (*OFFSETS, 1e12))
+@pytest.mark.parametrize("function", (jln.layer_norm, jln.rms_norm))
+def test_float64_is_computed_in_float64(function, offset):
+    x, scale, bias, dy = draw((32, 100), offset=offset, dtype="float64")
+    arguments = (x, scale.astype("float64"), bias.astype("float64"), dy)
+    y, dx, dscale, dbias = forward_and_gradients(function, *arguments)
+    center = function is jln.layer_norm
+    wide = oracle.norm(
+        *(np.asarray(a, np.longdouble) for a in arguments), center=center
+    )
+    # The oracle itself rounds in float64: a few of its own roundings are allowed.
+    for actual, expected in zip(
+        (y, dx, dscale, dbias), (wide.y, wide.dx, wide.dscale, wide.dbias), strict=True
+    ):
+        assert actual.dtype == jnp.float64
+        np.testing.assert_allclose(
+            actual, expected, rtol=0, atol=2e-14 * np.abs(expected).max()
+        )
+
+
+def test_one_outlier_of_1e15_does_not_spoil_dx():
+    x, scale, bias, dy = draw((8, 256))
+    x = x.at[:, 3].set(1e15)
+    _, dx, *_ = forward_and_gradients(jln.layer_norm, x, scale, bias, dy)
+    expected = oracle.norm(x, scale, bias, dy).dx
+    np.testing.assert_allclose(dx, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("value", (0.0, 0.1, 1 / 3, 12345.678))
+def test_a_constant_row_gives_the_bias_and_no_gradient_of_scale(value):
+    x = jnp.full((3, 1000), value)
+    scale, bias = jnp.full(1000, 2.0), jnp.linspace(-1.0, 1.0, 1000)
+    y, dx, dscale, _ = forward_and_gradients(
+        jln.layer_norm, x, scale, bias, jnp.ones((3, 1000))
+    )
+    np.testing.assert_allclose(y, jnp.stack([bias] * 3), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(dscale, np.zeros(1000), rtol=0, atol=1e-6)
+    # dx is rstd = 1000 times the rounding of g - mean(g), which is 0 here.
+    np.testing.assert_allclose(dx, np.zeros((3, 1000)), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+def test_dx_is_orthogonal_to_ones_and_to_x_hat(offset):
+    x, scale, bias, dy = draw((64, 512), offset=offset)
+    _, dx, *_ = forward_and_gradients(jln.layer_norm, x, scale, bias, dy)
+    x_hat, dx = oracle.norm(x).y, np.asarray(dx, np.float64)
+    rounding = 512 * np.abs(dx).max() * np.finfo(np.float32).eps
+    assert np.max(np.abs(dx.sum(-1))) < rounding
+    assert np.max(np.abs((dx * x_hat).sum(-1))) < rounding
+
+
+@pytest.mark.parametrize("bad", (np.nan, np.inf, -np.inf))
+@pytest.mark.parametrize("function", (jln.layer_norm, jln.rms_norm))
+def test_nan_and_inf_stay_in_their_row(function, bad):
+    x, scale, bias, dy = draw((4, 64))
+    spoiled = x.at[2, 5].set(bad)
+    keep = np.array([0, 1, 3])
+    y, dx, *_ = forward_and_gradients(function, x, scale, bias, dy)
+    y_bad, dx_bad, *_ = forward_and_gradients(function, spoiled, scale, bias, dy)
+    assert np.isnan(y_bad[2]).any() and np.isnan(dx_bad[2]).any()
+    np.testing.assert_array_equal(y_bad[keep], y[keep])
+    np.testing.assert_array_equal(dx_bad[keep], dx[keep])
+
+
+@pytest.mark.parametrize("shape", ((0, 8), (3, 0, 8), (4, 0), (0,)), ids=str)
+@pytest.mark.parametrize("function", (jln.layer_norm, jln.rms_norm))
+def test_empty_arrays_give_empty_results_and_zero_gradients(function, shape):
+    x, scale, bias, dy = draw(shape)
+    y, dx, dscale, dbias = forward_and_gradients(function, x, scale, bias, dy)
+    assert y.shape == dx.shape == shape
+    np.testing.assert_array_equal(dscale, np.zeros(shape[-1]))
+    np.testing.assert_array_equal(dbias, np.zeros(shape[-1]))
+    _, (mean, rstd) = function({}, x, return_statistics=True)
+    assert np.isfinite(mean).all() and np.isfinite(rstd).all()
+
+
+@pytest.mark.parametrize("function", (jln.layer_norm, jln.rms_norm))
+def test_x_may_have_more_than_2_to_the_31_elements(function):
+    x = jax.ShapeDtypeStruct((2**21, 2**11), jnp.bfloat16)
+    params = jax.eval_shape(lambda: jln.init_params(2**11))
+
+    def gradients(params, x):
+        y, vjp = jax.vjp(function, params, x)
+        return vjp(y)
+
+    dparams, dx = jax.eval_shape(gradients, params, x)
+    assert dx.shape == x.shape and dparams["scale"].shape == (2**11,)
+    jax.jit(gradients).lower(params, x).compile()
+
+
+def test_the_same_inputs_give_the_same_bits_jitted_or_not():
+    x, scale, bias, dy = draw((257, 300), offset=3.0)
+    first = forward_and_gradients(jln.layer_norm, x, scale, bias, dy)
+    for _ in range(5):
+        again = forward_and_gradients(jln.layer_norm, x, scale, bias, dy)
+        for a, b in zip(first, again, strict=True):
+            np.testing.assert_array_equal(a, b)
+    eager = jln.layer_norm({"scale": scale, "bias": bias}, x)
+    np.testing.assert_array_equal(first[0], eager)

@@ -1,0 +1,170 @@
+"""A kernel runs where it is chosen, and is the reference under every transformation."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_layernorm as jln
+from jax_layernorm import _equations, _kernels
+
+MARK = 1000.0
+
+
+class MarkingKernel:
+    """A stand-in for a kernel: the equations, with outputs moved so that it shows."""
+
+    def unsupported(self, problem):
+        if problem.platform != "cpu":
+            return "it is for CPUs"
+        if problem.partitioned or problem.exported:
+            return "it cannot be partitioned or exported"
+        return None if problem.operands[0].shape[-1] == 16 else "features must be 16"
+
+    def forward(self, problem):
+        assert problem.op == "layer_norm_forward"
+
+        def run(*operands, **static):
+            out = _equations.forward(*operands, **static)
+            return out._replace(y=out.y + MARK)
+
+        return run
+
+    def backward(self, problem):
+        assert problem.op == "layer_norm_backward"
+
+        def run(*operands, **static):
+            out = _equations.backward(*operands, **static)
+            return out._replace(dx=out.dx + MARK)
+
+        return run
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    kernels = {"marking": MarkingKernel(), **_kernels.KERNELS}
+    monkeypatch.setattr(_kernels, "KERNELS", kernels)
+    monkeypatch.setattr("jax_layernorm._arguments.KERNELS", kernels)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture
+def x():
+    return jnp.asarray(np.random.default_rng(0).normal(size=(4, 16)), "float32")
+
+
+def ran(y):
+    """Whether the kernel computed y, rather than the equations."""
+    return bool(jnp.all(jnp.asarray(y) > MARK / 2))
+
+
+@pytest.mark.usefixtures("kernel")
+def test_a_kernel_runs_forward_and_backward_where_it_can(x):
+    y, vjp = jax.vjp(lambda x: jln.layer_norm({}, x), x)
+    assert ran(y)
+    assert ran(vjp(jnp.ones_like(x))[0])
+    assert ran(jax.jit(functools.partial(jln.layer_norm, {}))(x))
+
+
+@pytest.mark.usefixtures("kernel")
+def test_elsewhere_the_next_implementation_runs(x):
+    assert not ran(jln.layer_norm({}, x[:, :8]))
+    assert not ran(jln.layer_norm({}, x, implementation="xla"))
+    assert not ran(jln.layer_norm({}, x, custom_vjp=False))
+
+
+@pytest.mark.usefixtures("kernel")
+def test_a_named_kernel_that_cannot_run_raises_with_its_reason(x):
+    assert ran(jln.layer_norm({}, x, implementation="marking"))
+    with pytest.raises(NotImplementedError, match="features must be 16"):
+        jln.layer_norm({}, x[:, :8], implementation="marking")
+    norm = jax.jit(lambda x: jln.layer_norm({}, x, implementation="marking"))
+    with pytest.raises(NotImplementedError, match="it is for CPUs"):
+        norm.trace(x).lower(lowering_platforms=("tpu",))
+
+
+@pytest.mark.usefixtures("kernel")
+def test_the_kernel_is_chosen_for_the_platform_of_the_lowering(x):
+    traced = jax.jit(lambda x: jln.layer_norm({}, x)).trace(x)
+    assert "1.000000e+03" in traced.lower(lowering_platforms=("cpu",)).as_text()
+    assert "1.000000e+03" not in traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
+@pytest.mark.usefixtures("kernel")
+def test_an_exported_program_holds_no_kernel_that_cannot_be_exported(x):
+    exported = export.export(
+        jax.jit(lambda x: jln.layer_norm({}, x)), platforms=("cpu", "tpu")
+    )(x)
+    y = export.deserialize(exported.serialize()).call(x)
+    assert not ran(y)
+    assert ran(jln.layer_norm({}, x))
+
+
+@pytest.mark.usefixtures("kernel")
+def test_xla_runs_where_it_must_partition_and_the_kernel_inside_shard_map(x):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    split = jax.device_put(x, NamedSharding(mesh, P("data")))
+    norm = functools.partial(jln.layer_norm, {})
+    assert not ran(jax.jit(norm)(split))
+    specs = {"in_specs": P("data"), "out_specs": P("data")}
+    assert ran(jax.jit(jax.shard_map(norm, mesh=mesh, **specs))(x))
+
+
+@pytest.mark.usefixtures("kernel")
+def test_second_derivatives_and_batched_parameters_use_the_equations(x):
+    def loss(x):
+        return jnp.sum(jnp.sin(jln.layer_norm({}, x)))
+
+    def plain(x):
+        return jnp.sum(jnp.sin(jln.layer_norm({}, x, custom_vjp=False)))
+
+    hvp = jax.jvp(jax.grad(loss), (x,), (x,))[1]
+    # sin(y + 1000) turns the sines; the kernel's mark itself has no derivative.
+    assert np.isfinite(hvp).all() and not ran(hvp)
+    scales = {"scale": jnp.ones((3, 16))}
+    batched = jax.vmap(jln.layer_norm, (0, None))
+    assert not ran(batched(scales, x))
+    assert np.isfinite(jax.grad(plain)(x)).all()
+
+
+@pytest.mark.usefixtures("kernel")
+def test_a_primitive_is_compiled_even_where_jit_is_disabled(x):
+    with jax.disable_jit():
+        assert ran(jln.layer_norm({}, x))
+
+
+def test_a_jaxpr_shows_one_op_each_way(x):
+    def gradient(x):
+        return jax.vjp(lambda x: jln.layer_norm({}, x), x)[1](x)
+
+    text = str(jax.make_jaxpr(gradient)(x))
+    assert text.count("layer_norm_forward[") == 1
+    assert text.count("layer_norm_backward[") == 1
+
+
+def test_many_norms_of_one_shape_are_traced_once(x, monkeypatch):
+    calls = []
+    forward = _equations.forward
+
+    def counting(*operands, **static):
+        calls.append(static)
+        return forward(*operands, **static)
+
+    monkeypatch.setattr(_equations, "forward", counting)
+    jax.clear_caches()
+
+    @jax.jit
+    def model(x):
+        for _ in range(48):
+            x = jln.layer_norm({}, x, epsilon=1.25e-6)
+        return x
+
+    model(x)
+    assert 1 <= len(calls) <= 2
