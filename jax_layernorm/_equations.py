@@ -129,9 +129,9 @@ def forward(
     c = x.astype(compute)
     mean = mean_low = None
     if spec.center:
-        rough_mean = fence(_mean(c, spec.axes))
+        rough_mean = fence(_mean_for_subtraction(c, spec.axes))
         c = c - rough_mean
-        correction = fence(_mean(c, spec.axes))
+        correction = fence(_mean_for_subtraction(c, spec.axes))
         c = c - correction
         mean = rough_mean + correction
         mean_low = (rough_mean - mean) + correction
@@ -191,6 +191,18 @@ def backward(
 
 def _mean(x: Float[Array, "*shape"], axes: tuple[int, ...]) -> Float[Array, "*stats"]:
     return jnp.sum(x, axes, keepdims=True) / _count(x.shape, axes)
+
+
+def _mean_for_subtraction(
+    x: Float[Array, "*shape"], axes: tuple[int, ...]
+) -> Float[Array, "*stats"]:
+    """The mean, as the very result of a sum.
+
+    The product of a sum and 1/N would be computed again for each use, and as part of a
+    fused multiply-add where it is subtracted: in `x - mean` the mean would then not be
+    the one that is saved, and at a large mean the difference of the two matters.
+    """
+    return jnp.sum(x * (1 / _count(x.shape, axes)), axes, keepdims=True)
 
 
 def _count(shape: Shape, axes: tuple[int, ...]) -> Any:
