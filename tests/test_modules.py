@@ -1,0 +1,212 @@
+"""The modules of linen and NNX alike: dtypes, values, gradients, options, errors."""
+
+import itertools
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from flax_cases import (
+    APIS,
+    FEATURES,
+    FLOATS,
+    INTEGERS,
+    NOT_YET,
+    PARAM_DTYPES,
+    PARAMS_AND_RESULTS,
+    RESULT_DTYPES,
+    ROWS,
+    SHAPE,
+    SUMS,
+    as_function,
+    as_functions,
+    assert_agree,
+    assert_equal,
+    assert_right,
+    draw,
+    draw_params,
+    dtypes,
+    for_all,
+    forward_and_gradients,
+)
+
+import jax_layernorm as jln
+
+
+@pytest.mark.parametrize("use_scale", [True, False])
+@for_all
+def test_result_dtype_is_flaxs_for_every_combination(api, name, use_scale, x64):
+    for x_dtype, param_dtype, dtype in itertools.product(
+        (*FLOATS, *INTEGERS), PARAM_DTYPES, RESULT_DTYPES
+    ):
+        params = draw_params(name, param_dtype)
+        if not use_scale:
+            del params["scale"]
+        arguments = params, jax.ShapeDtypeStruct(SHAPE, x_dtype)
+        options = {"dtype": dtype, "param_dtype": param_dtype, "use_scale": use_scale}
+        ours, flaxs = (
+            jax.eval_shape(norm, *arguments).dtype
+            for norm in as_functions(api, name, **options)
+        )
+        assert ours == flaxs, (x_dtype, param_dtype, dtype)
+
+
+@pytest.mark.parametrize(("param_dtype", "dtype"), PARAMS_AND_RESULTS)
+@pytest.mark.parametrize("x_dtype", FLOATS)
+@for_all
+def test_values_and_gradients_are_right_and_flaxs(
+    api, name, x_dtype, param_dtype, dtype, x64
+):
+    x, params = draw(0, *SHAPE, dtype=x_dtype), draw_params(name, param_dtype)
+    ours, flaxs = as_functions(api, name, dtype=dtype, param_dtype=param_dtype)
+    got, dy = forward_and_gradients(ours, params, x)
+    want, _ = forward_and_gradients(flaxs, params, x)
+    assert_right(name, got, dy, params, x)
+    through_dtype = [dy.dtype] * 4  # NNX rounds x, scale and bias to it as well
+    assert_agree(got, want, x_dtype, param_dtype, *through_dtype)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS)
+@for_all
+def test_integers_are_normalized_as_float32(api, name, dtype, x64):
+    x = jnp.asarray(np.random.default_rng(0).integers(0, 9, SHAPE), dtype)
+    params = draw_params(name)
+    ours, flaxs = (norm(params, x) for norm in as_functions(api, name))
+    assert ours.dtype == jnp.float32
+    oracle.assert_close(ours, oracle.norm(x, **params, center=name == "LayerNorm").y)
+    assert_agree(ours, flaxs)
+
+
+@for_all
+def test_what_is_no_real_array_is_refused(api, name):
+    norm, params = as_function(APIS[api][0], name), draw_params(name)
+    with pytest.raises(TypeError, match=r"x must be .*; got dtype complex64"):
+        norm(params, draw(0, *SHAPE) * 1j)
+    with pytest.raises(ValueError, match=r"scalar, shape \(\)"):
+        norm(params, jnp.float32(1))
+
+
+@pytest.mark.parametrize("compiled", [jax.jit, lambda norm: norm], ids=("jit", "eager"))
+@pytest.mark.parametrize("api", APIS)
+def test_offset_costs_no_accuracy_where_flax_loses_all(api, compiled):
+    x, params = draw(0, *SHAPE) + 1e4, draw_params("LayerNorm")
+    ours, flaxs = as_functions(api, "LayerNorm")
+    assert np.abs(flaxs(params, x) - oracle.norm(x, **params).y).max() > 1
+    got, dy = forward_and_gradients(compiled(ours), params, x)
+    assert_right("LayerNorm", got, dy, params, x)
+
+
+@for_all
+def test_flaxs_switches_of_accuracy_are_without_effect(api, name):
+    x, params = draw(0, *SHAPE, dtype=jnp.bfloat16), draw_params(name)
+    norms = APIS[api][0]
+    want = as_function(norms, name)(params, x)
+    switches = ["use_fast_variance", "force_float32_reductions"]
+    for switch in switches[: 1 if api == "nnx" else 2]:
+        assert_equal(as_function(norms, name, **{switch: False})(params, x), want)
+
+
+@pytest.mark.parametrize(("options", "call"), NOT_YET.values(), ids=NOT_YET)
+@for_all
+def test_what_this_version_lacks_is_an_error_not_a_number(api, name, options, call):
+    norm = as_function(APIS[api][0], name, **options)
+    with pytest.raises(NotImplementedError, match="got"):
+        norm(draw_params(name), draw(0, *SHAPE), **call)
+    if api == "linen":
+        with pytest.raises(NotImplementedError, match="got"):
+            getattr(jln.linen, name)(**options).init(
+                jax.random.key(0), draw(0, *SHAPE), **call
+            )
+
+
+@for_all
+def test_last_axis_may_be_named_in_any_way(api, name):
+    x, params, norms = draw(0, *SHAPE), draw_params(name), APIS[api][0]
+    want = as_function(norms, name)(params, x)
+    for reduction, features in ((1, -1), (-1, [1]), ((-1,), 1)):
+        axes = {"reduction_axes": reduction, "feature_axes": features}
+        assert_equal(as_function(norms, name, **axes)(params, x), want)
+
+
+@pytest.mark.parametrize(("x_dtype", "residual_dtype", "dtype"), SUMS)
+@for_all
+def test_residual_gives_the_norm_of_the_very_sum_it_returns(
+    api, name, x_dtype, residual_dtype, dtype, x64
+):
+    norm, params = as_function(APIS[api][0], name, dtype=dtype), draw_params(name)
+    x, residual = draw(0, *SHAPE, dtype=x_dtype), draw(5, *SHAPE, dtype=residual_dtype)
+    (y, total), vjp = jax.vjp(
+        jax.jit(lambda p, x, r: norm(p, x, residual=r)), params, x, residual
+    )
+    assert_equal(total, residual + x)
+    assert y.dtype == norm(params, x).dtype
+    dy, dtotal = draw(6, *SHAPE, dtype=y.dtype), draw(7, *SHAPE, dtype=total.dtype)
+    grads, dx, dresidual = vjp((dy, dtotal))
+    expected = oracle.norm(total, **params, dy=dy, center=name == "LayerNorm")
+    oracle.assert_close(y, expected.y)
+    assert dtypes((dx, dresidual)) == dtypes((x, residual))
+    want = expected.dx + np.asarray(dtotal, np.float64)
+    for gradient in (dx, dresidual):
+        size = expected.dx_size + np.abs(want).max()
+        oracle.assert_close(gradient, want, against=size)
+    for key, gradient in grads.items():
+        oracle.assert_close(gradient, getattr(expected, f"d{key}"), summed=ROWS)
+
+
+@for_all
+def test_residual_of_another_shape_is_refused(api, name, x64):
+    norm, params = as_function(APIS[api][0], name), draw_params(name)
+    for dtype in (jnp.float32, jnp.float64):
+        x = draw(0, *SHAPE, dtype=dtype)
+        with pytest.raises(ValueError, match="residual must have the shape of x"):
+            norm(params, x, residual=x[0])
+
+
+@pytest.mark.parametrize(
+    "transformed",
+    [
+        jax.jit,
+        lambda f: jax.vmap(f, (None, 0)),
+        lambda f: jax.jit(jax.vmap(jax.checkpoint(f), (None, 0))),
+        lambda f: jax.grad(lambda p, x: jnp.vdot(f(p, x), draw(3, *SHAPE)), (0, 1)),
+        lambda f: lambda p, x: f(flax.core.freeze(p), x),
+    ],
+    ids=("jit", "vmap", "vmap of remat", "grad", "FrozenDict"),
+)
+@for_all
+def test_jaxs_transformations_agree_with_flax(api, name, transformed):
+    x, params = draw(0, *SHAPE), draw_params(name)
+    assert_agree(*(transformed(norm)(params, x) for norm in as_functions(api, name)))
+
+
+@for_all
+def test_forward_mode_needs_custom_vjp_false(api, name):
+    primals = draw_params(name), draw(0, *SHAPE)
+    tangents = draw_params(name), draw(8, *SHAPE)
+    ours, flaxs = as_functions(api, name)
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(ours, primals, tangents)
+    ours = as_function(APIS[api][0], name, custom_vjp=False)
+    assert_agree(*(jax.jvp(norm, primals, tangents) for norm in (ours, flaxs)))
+
+
+@for_all
+def test_scale_offset_of_one_with_zeros_is_a_scale_of_ones(api, name):
+    params, x = draw_params(name), draw(0, *SHAPE)
+    ones, zeros = jnp.ones(FEATURES), jnp.zeros(FEATURES)
+    plain = as_function(APIS[api][0], name)
+    gemma = as_function(APIS[api][0], name, scale_offset=1.0)
+    want, _ = forward_and_gradients(plain, params | {"scale": ones}, x)
+    got, _ = forward_and_gradients(gemma, params | {"scale": zeros}, x)
+    assert_equal(got, want)
+
+
+@for_all
+def test_implementation_is_a_name_or_a_value_error(api, name):
+    x, params, norms = draw(0, *SHAPE), draw_params(name), APIS[api][0]
+    xla = as_function(norms, name, implementation="xla")
+    assert_equal(xla(params, x), as_function(norms, name)(params, x))
+    with pytest.raises(ValueError, match=r"implementation must be .* 'no such'"):
+        as_function(norms, name, implementation="no such")(params, x)
