@@ -8,14 +8,15 @@ ARGS ?=
 BIN = $(VENV)/bin
 WORKERS ?= auto
 
-.PHONY: help train test lint types notebooks wheel clean
+.PHONY: help train test lint types notebooks notebooks-build wheel clean
 
 help:
 	@echo "make train      train the decoder-only transformer into OUT=$(OUT), or go on with it"
 	@echo "                (more options: make train ARGS='--norm rmsnorm --steps 200')"
 	@echo "make test       run the tests"
 	@echo "make lint       ruff and pyrefly"
-	@echo "make notebooks  run the notebooks and compare each with its .py"
+	@echo "make notebooks  run the notebooks and compare each with its .py;"
+	@echo "                make notebooks-build writes them anew from the .py"
 	@echo "make wheel      build the wheel and the sdist into dist/"
 
 $(VENV)/bin/python:
@@ -43,8 +44,15 @@ types: $(VENV)/.lint
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 notebooks: $(VENV)/.notebook $(VENV)/.test
-	$(BIN)/jupytext --test --to ipynb notebooks/*.py
+	@for notebook in notebooks/*.ipynb; do \
+	  $(BIN)/jupytext --quiet --to py:percent --output - $$notebook \
+	    | diff --ignore-matching-lines='^#     formats:' - $${notebook%.ipynb}.py \
+	    || { echo "$$notebook and its .py differ; run $(BIN)/python notebooks/build.py"; exit 1; }; \
+	done
 	$(BIN)/pytest --nbmake -n $(WORKERS) notebooks/*.ipynb
+
+notebooks-build: $(VENV)/.notebook
+	$(BIN)/python notebooks/build.py
 
 wheel: $(VENV)/.build
 	$(BIN)/python -m build --quiet

@@ -1,0 +1,114 @@
+"""The text: where it comes from, its windows, and what it holds without a model.
+
+A text is a `uint8` array: bytes are the tokens, so nothing is learned or stored for
+tokenization, and losses of different texts compare in bits per byte.
+"""
+
+import bz2
+import lzma
+from pathlib import Path
+
+import numpy as np
+
+HELD_OUT_SHARE = 10  # the last tenth is held out
+OVERLAP_RUN = 32  # bytes; a power of two
+
+
+def load_text(path: str | Path | None = None) -> np.ndarray:
+    """The bytes of the file at `path`, or by default of Python's own reference texts.
+
+    Every CPython carries the language reference in `pydoc_data.topics` (what
+    `help("while")` prints): about half a megabyte of English and code, a little
+    different in every release.
+
+    Raises:
+      OSError: the file cannot be read.
+    """
+    if path is not None:
+        return np.frombuffer(Path(path).read_bytes(), np.uint8)
+    from pydoc_data.topics import topics
+
+    return np.frombuffer(
+        "\n\n".join(topics[name] for name in sorted(topics)).encode(), np.uint8
+    )
+
+
+def split_text(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`(training, held_out)`: the last tenth (rounded down) is held out."""
+    boundary = len(text) - len(text) // HELD_OUT_SHARE
+    return text[:boundary], text[boundary:]
+
+
+def training_batch(
+    training: np.ndarray, *, seed: int, step: int, batch: int, context: int
+) -> np.ndarray:
+    """Windows `(batch, context + 1)` at places that depend on `seed` and `step` only.
+
+    This is what makes a resumed run see the same data as an uninterrupted one: there is
+    no position to save.
+    """
+    starts = np.random.default_rng([seed, step]).integers(
+        0, len(training) - context, size=batch
+    )
+    return training[starts[:, None] + np.arange(context + 1)]
+
+
+def held_out_windows(
+    training: np.ndarray, held_out: np.ndarray, *, context: int, stride: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Windows `(n, context + 1)` and how many of the last predictions `(n,)` count.
+
+    Window i ends `(i + 1) * stride` bytes into the held-out text (the last one at its
+    end) and counts the predictions that no earlier window counted. So every held-out
+    byte is predicted once, from at least `context - stride + 1` and at most `context`
+    bytes before it; the first ones look back into the training text.
+    """
+    text = np.concatenate([training[-context:], held_out])
+    ends = np.minimum(np.arange(stride, len(held_out) + stride, stride), len(held_out))
+    windows = text[(ends - 1)[:, None] + np.arange(context + 1)]
+    return windows, np.diff(ends, prepend=0)
+
+
+def overlap(
+    training: np.ndarray, held_out: np.ndarray, run: int = OVERLAP_RUN
+) -> float:
+    """Share of held-out bytes in a run of `run` or more bytes that training has too.
+
+    `run` must be a power of two. Runs are compared by 64-bit hashes.
+    """
+    seen = np.isin(_hash_runs(held_out, run), _hash_runs(training, run))
+    # A byte is covered if one of the `run` windows that contain it was seen.
+    edges = np.zeros(len(held_out) + 1, np.int64)
+    np.add.at(edges, np.flatnonzero(seen), 1)
+    np.add.at(edges, np.flatnonzero(seen) + run, -1)
+    return float(np.mean(np.cumsum(edges)[:-1] > 0))
+
+
+def _hash_runs(text: np.ndarray, run: int) -> np.ndarray:
+    """One hash for each window of `run` bytes, by joining the hashes of its halves."""
+    if run & (run - 1):
+        raise ValueError(f"run must be a power of two; got {run}.")
+    hashes, length = text.astype(np.uint64) + np.uint64(1), 1
+    while length < run:
+        hashes = (
+            hashes[:-length] * np.uint64(0x9E3779B97F4A7C15) + hashes[length:]
+        ) * np.uint64(0xD6E8FEB86659FD93)
+        hashes ^= hashes >> np.uint64(32)
+        length *= 2
+    return hashes
+
+
+def compressed_bits_per_byte(
+    training: np.ndarray, held_out: np.ndarray
+) -> dict[str, tuple[float, float]]:
+    """Bits per held-out byte by `bz2` and `xz`: `{name: (alone, primed)}`.
+
+    Primed is size(training + held out) - size(training): what the held-out text adds to
+    the archive.
+    """
+    first, rest = training.tobytes(), held_out.tobytes()
+    result = {}
+    for name, compress in (("bz2", bz2.compress), ("xz", lzma.compress)):
+        primed = len(compress(first + rest)) - len(compress(first))
+        result[name] = (8 * len(compress(rest)) / len(rest), 8 * primed / len(rest))
+    return result

@@ -1,0 +1,221 @@
+"""A decoder-only transformer in Flax linen, with a choice of normalization.
+
+    x = token[t] + position[i]
+    pre:   x = x + attention(norm(x));   x = x + mlp(norm(x))
+    post:  x = norm(x + attention(x));   x = norm(x + mlp(x))
+    logits = norm(x) @ token.T
+
+Tokens are bytes. Parameters are float32, the computation runs in `config.dtype`, the
+logits and the loss are float32. Every norm choice has the same parameter names, so the
+same seed gives the same initial parameters.
+
+Used by `train_decoder.py` and by the notebook; nothing here reads or writes a file.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+from jax_layernorm import linen
+
+NORMS = {"layernorm": linen.LayerNorm, "rmsnorm": linen.RMSNorm, "flax": nn.LayerNorm}
+PLACEMENTS = ("pre", "post")
+DTYPES = ("float32", "bfloat16")
+VOCABULARY = 256  # one token is one byte
+
+Params = Any  # the tree of arrays that `Decoder.init` returns under "params"
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """What the model is. `width` must be a multiple of `heads`."""
+
+    layers: int = 4
+    width: int = 128
+    heads: int = 2
+    context: int = 128
+    norm: str = "layernorm"
+    placement: str = "pre"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "width", "heads", "context"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1; got {getattr(self, name)}."
+                )
+        if self.width % self.heads:
+            raise ValueError(
+                f"width must be a multiple of heads; got width {self.width} "
+                f"and heads {self.heads}. "
+                f"Try width {self.heads * max(1, round(self.width / self.heads))}."
+            )
+        for name, known in (
+            ("norm", NORMS),
+            ("placement", PLACEMENTS),
+            ("dtype", DTYPES),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(known)}; got {value!r}."
+                )
+
+    def title(self) -> str:
+        """The model in a few words."""
+        return (
+            f"{self.layers} layers, width {self.width}, {self.heads} heads, "
+            f"{self.norm} ({self.placement}), {self.dtype}"
+        )
+
+
+init = nn.initializers.normal(0.04)
+
+
+def init_to_residual(config: DecoderConfig) -> Any:
+    """Smaller, so that the residual does not grow with the number of layers."""
+    return nn.initializers.normal(0.04 / (2 * config.layers) ** 0.5)
+
+
+class Attention(nn.Module):
+    """Causal self-attention: position i sees positions 0 to i."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        config = self.config
+        heads = (config.heads, config.width // config.heads)
+        linear = partial(nn.DenseGeneral, use_bias=False, dtype=config.dtype)
+        query, key, value = (
+            linear(heads, kernel_init=init, name=name)(x)
+            for name in ("query", "key", "value")
+        )
+        mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+        return linear(
+            config.width,
+            axis=(-2, -1),
+            kernel_init=init_to_residual(config),
+            name="out",
+        )(mixed)
+
+
+class MLP(nn.Module):
+    """Two linear maps with a squared ReLU between them, four times as wide inside."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        config = self.config
+        linear = partial(nn.Dense, use_bias=False, dtype=config.dtype)
+        hidden = (
+            jax.nn.relu(linear(4 * config.width, kernel_init=init, name="up")(x)) ** 2
+        )
+        return linear(config.width, kernel_init=init_to_residual(config), name="down")(
+            hidden
+        )
+
+
+class Block(nn.Module):
+    """Attention then MLP, each with its norm and its residual."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        norm = partial(NORMS[self.config.norm], dtype=self.config.dtype)
+        attention, mlp = (
+            Attention(self.config, name="attention"),
+            MLP(self.config, name="mlp"),
+        )
+        norm_attention, norm_mlp = norm(name="norm_attention"), norm(name="norm_mlp")
+        if self.config.placement == "pre":
+            x = x + attention(norm_attention(x))
+            return x + mlp(norm_mlp(x))
+        x = norm_attention(x + attention(x))
+        return norm_mlp(x + mlp(x))
+
+
+class Decoder(nn.Module):
+    """Bytes `(batch, length)` to float32 logits `(batch, length, 256)` of the next."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        config = self.config
+        if tokens.shape[1] > config.context:
+            raise ValueError(
+                f"tokens must be at most context {config.context} long; "
+                f"got {tokens.shape[1]}."
+            )
+        embed = partial(
+            nn.Embed, dtype=config.dtype, embedding_init=nn.initializers.normal(0.02)
+        )
+        token = embed(VOCABULARY, config.width, name="token")
+        position = embed(config.context, config.width, name="position")
+        x = token(tokens) + position(jnp.arange(tokens.shape[1]))
+        for layer in range(config.layers):
+            x = Block(config, name=f"block_{layer}")(x)
+        x = NORMS[config.norm](dtype=config.dtype, name="norm_out")(x)
+        return token.attend(x).astype(jnp.float32)
+
+
+def next_byte_losses(
+    config: DecoderConfig, params: Params, windows: jax.Array
+) -> jax.Array:
+    """Nats `(batch, length)` of each byte but the first in `(batch, length + 1)`."""
+    tokens = windows.astype(jnp.int32)
+    logits = Decoder(config).apply({"params": params}, tokens[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+
+
+def init_params(config: DecoderConfig, seed: int) -> Params:
+    """Float32 parameters that depend on `seed` and the sizes only."""
+    return Decoder(config).init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))[
+        "params"
+    ]
+
+
+def generate(
+    config: DecoderConfig,
+    params: Params,
+    prompt: bytes,
+    length: int,
+    *,
+    seed: int = 0,
+    temperature: float = 0.8,
+) -> bytes:
+    """`length` bytes after `prompt`, each drawn from the `context` bytes before it."""
+    if not prompt:
+        raise ValueError("prompt must hold at least one byte; got none.")
+    seen = list(prompt[-config.context :])
+    window = jnp.zeros(config.context, jnp.int32).at[: len(seen)].set(jnp.array(seen))
+    drawn = _generate(
+        config, params, window, len(seen), length, jax.random.key(seed), temperature
+    )
+    return bytes(drawn.tolist())
+
+
+@partial(jax.jit, static_argnames=("config", "length"))
+def _generate(config, params, window, seen, length, key, temperature):
+    def draw(carry, key):
+        window, seen = carry
+        # What lies beyond `seen` does not matter: attention is causal.
+        logits = Decoder(config).apply({"params": params}, window[None])[0, seen - 1]
+        byte = jax.random.categorical(key, logits / temperature)
+        full = seen == config.context
+        window = (
+            jnp.where(full, jnp.roll(window, -1), window)
+            .at[jnp.where(full, seen - 1, seen)]
+            .set(byte)
+        )
+        return (window, jnp.minimum(seen + 1, config.context)), byte
+
+    return jax.lax.scan(draw, (window, seen), jax.random.split(key, length))[1]

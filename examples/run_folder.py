@@ -1,0 +1,181 @@
+"""The files of one run, which may be killed between any two instructions.
+
+- `config.json` comes first and `summary.txt` last: without the first there is nothing
+  to resume, with the second the run is finished.
+- A step's row is in `metrics.csv` before its checkpoint is saved. On resume, rows after
+  the checkpoint and a last line without its end are cut, and the steps are run again.
+- Orbax makes a checkpoint appear whole or not at all; other files are written beside
+  and moved into place.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+CONFIG, METRICS, CHECKPOINTS = "config.json", "metrics.csv", "checkpoints"
+PLOT, SAMPLE, SUMMARY = "loss.png", "sample.txt", "summary.txt"
+FILES = (CONFIG, METRICS, CHECKPOINTS, PLOT, SAMPLE, SUMMARY)
+
+
+class UsageError(Exception):
+    """Bad input: one line that tells the rule, what was received, and what to do."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of `metrics.csv`: losses in bits per byte, seconds since the start."""
+
+    step: int
+    training: float
+    validation: float | None
+    tokens_per_second: float
+    seconds: float
+
+    HEADER = (
+        "step,training_bits_per_byte,validation_bits_per_byte,"
+        "tokens_per_second,seconds\n"
+    )
+
+    def to_line(self) -> str:
+        validation = "" if self.validation is None else repr(self.validation)
+        times = f"{self.tokens_per_second:.0f},{self.seconds:.3f}"
+        return f"{self.step},{self.training!r},{validation},{times}\n"
+
+    @classmethod
+    def from_line(cls, line: str) -> "Row":
+        step, training, validation, tokens_per_second, seconds = line.split(",")
+        return cls(
+            int(step),
+            float(training),
+            float(validation) if validation else None,
+            float(tokens_per_second),
+            float(seconds),
+        )
+
+
+def check_folder(out: Path, config: dict[str, Any], *, resume: bool) -> None:
+    """Refuse an `out` that this run may not write to. Writes nothing.
+
+    Raises:
+      UsageError: `out` is no folder or cannot be written; it holds a run and `resume`
+        is false; it holds a run of another configuration.
+    """
+    above = (out, *out.absolute().parents)
+    parent = next(path for path in above if os.path.exists(path))
+    if not parent.is_dir():
+        raise UsageError(
+            f"--out must be a folder; got {out}, but {parent} is a file. "
+            "Give another --out."
+        )
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UsageError(
+            f"--out must be writable; got {out}, where {parent} is not. "
+            "Give another --out."
+        )
+    found = [name for name in FILES if os.path.exists(out / name)]
+    if not found:
+        return
+    if not resume:
+        raise UsageError(
+            f"--out must not hold a run already; {out} has {', '.join(found)}. "
+            "Add --resume to continue that run, or give another --out."
+        )
+    if CONFIG not in found:
+        raise UsageError(
+            f"--resume needs the {CONFIG} of the run; "
+            f"{out} has only {', '.join(found)}. Give another --out."
+        )
+    try:
+        saved = json.loads((out / CONFIG).read_text())
+        differences = [
+            f"{name} is {saved.get(name)} there and {config.get(name)} here"
+            for name in {**saved, **config}
+            if saved.get(name) != config.get(name)
+        ]
+    except (OSError, ValueError, AttributeError) as error:
+        raise UsageError(
+            f"--resume needs a readable {CONFIG}; "
+            f"{out / CONFIG}: {error}. Give another --out."
+        ) from None
+    if differences:
+        raise UsageError(
+            f"--resume needs the configuration of the run in {out}; "
+            f"{'; '.join(differences)}. "
+            "Repeat the settings of that run, or give another --out."
+        )
+
+
+def make_folder(out: Path) -> None:
+    """Make `out`, unless it is there."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"--out must be a folder that can be made; {out}: {error.strerror}. "
+            "Give another --out."
+        ) from None
+
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Write beside `path`, then move into place: old or new, never half."""
+    beside = path.with_name(f".{path.name}.tmp")
+    beside.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(beside, path)
+
+
+def open_checkpoints(out: Path) -> ocp.CheckpointManager:
+    """Orbax's manager: keeps the last two checkpoints, removes unfinished ones."""
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=2, enable_async_checkpointing=False, cleanup_tmp_directories=True
+    )
+    return ocp.CheckpointManager((out / CHECKPOINTS).absolute(), options=options)
+
+
+def save_checkpoint(checkpoints: ocp.CheckpointManager, step: int, state: Any) -> None:
+    """Save the state after `step` steps, unless it is saved already."""
+    if checkpoints.latest_step() != step:
+        checkpoints.save(step, args=ocp.args.StandardSave(state))
+
+
+def restore_checkpoint(
+    checkpoints: ocp.CheckpointManager, state: Any
+) -> tuple[Any, int]:
+    """The last saved state and its step; `state` itself and 0 if none is saved."""
+    step = checkpoints.latest_step()
+    if step is None:
+        return state, 0
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    try:
+        return checkpoints.restore(step, args=ocp.args.StandardRestore(target)), step
+    except Exception as error:  # Orbax raises many kinds
+        reason = str(error).strip().split("\n")[0]
+        raise UsageError(
+            f"--resume needs a readable checkpoint; step {step} in "
+            f"{checkpoints.directory} is not: {reason}. Give another --out."
+        ) from None
+
+
+def cut_metrics(out: Path, step: int) -> list[Row]:
+    """Cut `metrics.csv` after `step`, and a torn last line; the rows that stay."""
+    path = out / METRICS
+    lines = path.read_text().split("\n")[1:-1] if path.exists() else []
+    try:
+        rows = [Row.from_line(line) for line in lines]
+    except ValueError as error:
+        raise UsageError(
+            f"--resume needs the {METRICS} of the run; "
+            f"{path}: {error}. Give another --out."
+        ) from None
+    rows = [row for row in rows if row.step <= step]
+    if [row.step for row in rows] != list(range(1, step + 1)):
+        raise UsageError(
+            f"--resume needs the rows of steps 1 to {step} in {path}; "
+            f"it has {len(rows)} of them. Give another --out."
+        )
+    write_file(path, Row.HEADER + "".join(row.to_line() for row in rows))
+    return rows

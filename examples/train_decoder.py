@@ -1,0 +1,194 @@
+"""Train a small decoder-only transformer on bytes, and compare normalizations.
+
+    python examples/train_decoder.py --out my-run
+
+By default on the reference texts that come with Python, in about four minutes on two
+CPU cores. Beside it: the model in `decoder.py`, the training loop in `training.py`, the
+text in `corpus.py`, the options in `options.py`, the files of a run in `run_folder.py`,
+the summary in `report.py`.
+
+A run can be stopped at any moment, also by `kill -9`: the same command with `--resume`
+goes on from the last checkpoint, and its metrics are bit for bit those of a run that
+was never stopped (times aside).
+
+Exit codes: 0 finished, or stopped by Ctrl-C or SIGTERM with a checkpoint saved; 1 the
+loss is no longer finite; 2 bad input, nothing written; 130 stopped by a second Ctrl-C,
+or before there was anything to save.
+"""
+
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+from types import FrameType
+
+import jax
+import report
+import run_folder
+from decoder import Params, generate, init_params
+from options import Run, read_options
+from run_folder import Row, UsageError
+from tqdm import tqdm
+from training import Step, evaluate, init_state, train
+
+PROMPT_BYTES, SAMPLE_BYTES = 32, 500
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The whole program; returns the exit code."""
+    try:
+        return start(read_options(arguments))
+    except (UsageError, FloatingPointError) as error:
+        print(f"train_decoder: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        print("\nStopped. The same command with --resume goes on from the last save.")
+        return 130
+
+
+def start(run: Run) -> int:
+    """Tell what is about to happen, and do it, unless it has been done."""
+    config, settings, out = run.config, run.settings, run.out
+    device = jax.devices()[0]
+    shapes = jax.tree.leaves(jax.eval_shape(partial(init_params, config), 0))
+    parameters = sum(math.prod(each.shape) for each in shapes)
+    print(
+        f"Device  {device.platform} ({device.device_kind}), {os.cpu_count()} CPU cores"
+    )
+    print(f"Model   {config.title()}, {parameters:,} parameters")
+    print(
+        f"Text    {run.text_name}: {len(run.training):,} bytes to train on, "
+        f"{len(run.held_out):,} held out"
+    )
+    print(
+        f"Steps   {settings.steps:,} of {settings.batch * config.context:,} tokens "
+        f"({settings.batch} windows of {config.context} bytes)"
+    )
+    print(f"Output  {out}", flush=True)
+    if run.resume and (out / run_folder.SUMMARY).exists():
+        print("This run is finished already. Its summary:\n")
+        print((out / run_folder.SUMMARY).read_text(), end="")
+        return 0
+    if run.resume and not (out / run_folder.CONFIG).exists():
+        print("Nothing to resume yet: starting from the beginning.", flush=True)
+    run_folder.make_folder(out)
+    description = json.dumps(run.describe(), indent=2) + "\n"
+    run_folder.write_file(out / run_folder.CONFIG, description)
+    return train_in_folder(run)
+
+
+def train_in_folder(run: Run) -> int:
+    """Train from the last checkpoint, if there is one, and report at the end."""
+    config, settings, out = run.config, run.settings, run.out
+    with run_folder.open_checkpoints(out) as checkpoints, stop_requests() as stop:
+        state = init_state(config, settings)
+        state, done = run_folder.restore_checkpoint(checkpoints, state)
+        rows = run_folder.cut_metrics(out, done)
+        if done:
+            print(f"Resuming after step {done} of {settings.steps}.", flush=True)
+        steps = train(
+            config, settings, run.training, run.held_out, state=state, done=done
+        )
+        with closing(record(steps, run, rows)) as recorded:
+            for result in recorded:
+                state, done = result.state, result.step
+                due = done % run.checkpoint_every == 0 or done == settings.steps
+                if due or stop:
+                    run_folder.save_checkpoint(checkpoints, done, state)
+                if stop:
+                    break
+    if stop:
+        name = signal.Signals(stop[0]).name
+        print(f"Stopped by {name}: step {done} of {settings.steps} is saved in {out}.")
+        print("The same command with --resume goes on from there.")
+        return 0
+    finish(run, state.params, rows)
+    return 0
+
+
+def record(
+    steps: Iterator[Step], run: Run, rows: list[Row]
+) -> Generator[Step, None, None]:
+    """Pass each step on once it is in `rows` and in the metrics, and show progress."""
+    first, before = (rows[-1].step, rows[-1].seconds) if rows else (0, 0.0)
+    validations = [row.validation for row in rows if row.validation is not None]
+    tokens = run.settings.batch * run.config.context
+    beginning = time.perf_counter()
+    with (
+        open(run.out / run_folder.METRICS, "a") as metrics,
+        tqdm(
+            initial=first,
+            total=run.settings.steps,
+            unit="step",
+            mininterval=0.5 if sys.stderr.isatty() else 10,
+        ) as bar,
+    ):
+        for result in steps:
+            if not math.isfinite(result.training):
+                bar.close()
+                raise FloatingPointError(
+                    f"the loss must stay finite; it is {result.training} at step "
+                    f"{result.step}. Give a --learning-rate below "
+                    f"{run.settings.learning_rate} and another --out."
+                )
+            seconds = time.perf_counter() - beginning
+            speed = (result.step - first) * tokens / seconds
+            losses = (result.training, result.validation)
+            rows.append(Row(result.step, *losses, speed, before + seconds))
+            metrics.write(rows[-1].to_line())
+            metrics.flush()
+            if result.validation is not None:
+                validations.append(result.validation)
+            validation = f"{validations[-1]:.3f}" if validations else "-"
+            bar.set_postfix_str(
+                f"loss {result.training:.3f}, validation {validation} bits/byte, "
+                f"{speed:,.0f} tokens/s",
+                refresh=False,
+            )
+            bar.update()
+            yield result
+
+
+def finish(run: Run, params: Params, rows: list[Row]) -> None:
+    """Evaluate, draw a sample, plot; write and print the summary."""
+    print("Evaluating on the whole held-out text ...", flush=True)
+    bits = evaluate(run.config, params, run.training, run.held_out)
+    prompt = run.held_out[:PROMPT_BYTES].tobytes()
+    drawn = generate(run.config, params, prompt, SAMPLE_BYTES, seed=run.settings.seed)
+    plot = report.plot_losses(rows, bits, run.config.title())
+    summary = report.summarize(run, rows[-1].seconds, bits, prompt, drawn)
+    run_folder.write_file(run.out / run_folder.PLOT, plot)
+    run_folder.write_file(run.out / run_folder.SAMPLE, prompt + drawn)
+    run_folder.write_file(run.out / run_folder.SUMMARY, summary)
+    print(summary, end="")
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """The first Ctrl-C or SIGTERM is collected; the second one acts as usual."""
+    received: list[int] = []
+    usual = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        for each, handler in usual.items():
+            signal.signal(each, handler)
+
+    for number in usual:
+        signal.signal(number, receive)
+    try:
+        yield received
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

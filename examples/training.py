@@ -1,0 +1,213 @@
+"""The training of the decoder: optimizer, train step, evaluation, loop; no files.
+
+Used by `train_decoder.py` and by the notebook:
+
+    config, settings = DecoderConfig(), TrainingConfig()
+    for result in train(config, settings, training_text, held_out_text):
+        print(result.step, result.training, result.validation)
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import corpus
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from decoder import DecoderConfig, Params, init_params, next_byte_losses
+
+VALIDATION_WINDOWS = 64
+NATS_PER_BIT = math.log(2)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How the model is trained.
+
+    AdamW; the learning rate rises linearly over a tenth of the steps, then falls to
+    zero as a cosine.
+    """
+
+    steps: int = 1500
+    batch: int = 16
+    learning_rate: float = 3e-3
+    weight_decay: float = 0.1
+    seed: int = 0
+    validate_every: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "validate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1; got {getattr(self, name)}."
+                )
+        if not (0 < self.learning_rate < math.inf):
+            raise ValueError(
+                "learning_rate must be positive and finite; "
+                f"got {self.learning_rate}. Try 0.003."
+            )
+        if not (0 <= self.weight_decay < math.inf):
+            raise ValueError(
+                "weight_decay must be finite and not negative; "
+                f"got {self.weight_decay}. Try 0.1."
+            )
+        if not (0 <= self.seed < 2**32):
+            raise ValueError(f"seed must be from 0 to 4294967295; got {self.seed}.")
+
+
+class TrainState(NamedTuple):
+    """What a step changes, and a checkpoint holds."""
+
+    params: Params
+    optimizer: optax.OptState
+
+
+class Step(NamedTuple):
+    """What `train` yields after each step; losses in bits per byte."""
+
+    step: int
+    state: TrainState
+    training: float
+    validation: float | None
+
+
+def make_optimizer(settings: TrainingConfig) -> optax.GradientTransformation:
+    """AdamW after clipping by the global norm; no weight decay on scales and biases."""
+    peak = settings.learning_rate
+    schedule = optax.warmup_cosine_decay_schedule(
+        0.0, peak, settings.steps // 10, settings.steps
+    )
+    matrices = partial(jax.tree.map, lambda parameter: parameter.ndim > 1)
+    return optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(
+            schedule, b1=0.9, b2=0.99, weight_decay=settings.weight_decay, mask=matrices
+        ),
+    )
+
+
+def init_state(config: DecoderConfig, settings: TrainingConfig) -> TrainState:
+    params = init_params(config, settings.seed)
+    return TrainState(params, make_optimizer(settings).init(params))
+
+
+def make_train_step(
+    config: DecoderConfig, settings: TrainingConfig
+) -> Callable[[TrainState, jax.Array], tuple[TrainState, jax.Array]]:
+    """The jitted step `(state, windows) -> (state, mean loss in nats)`.
+
+    It donates `state`: the arrays passed in cannot be used again.
+    """
+    optimizer = make_optimizer(settings)
+
+    @partial(jax.jit, donate_argnums=0)
+    def train_step(
+        state: TrainState, windows: jax.Array
+    ) -> tuple[TrainState, jax.Array]:
+        loss, gradients = jax.value_and_grad(
+            lambda params: next_byte_losses(config, params, windows).mean()
+        )(state.params)
+        updates, optimizer_state = optimizer.update(
+            gradients, state.optimizer, state.params
+        )
+        return TrainState(
+            optax.apply_updates(state.params, updates), optimizer_state
+        ), loss
+
+    return train_step
+
+
+@partial(jax.jit, static_argnames="config")
+def _counted_nats(
+    config: DecoderConfig, params: Params, windows: jax.Array, counts: jax.Array
+) -> jax.Array:
+    """The sum of the last `counts` losses of each window."""
+    counted = jnp.arange(config.context) >= config.context - counts[:, None]
+    return jnp.sum(next_byte_losses(config, params, windows), axis=1, where=counted)
+
+
+def default_stride(context: int) -> int:
+    """Half the context: each byte is predicted from at least half of it."""
+    return max(1, context // 2)
+
+
+def evaluate(
+    config: DecoderConfig,
+    params: Params,
+    training: np.ndarray,
+    held_out: np.ndarray,
+    *,
+    stride: int | None = None,
+    windows: int | None = None,
+    batch: int = 32,
+) -> float:
+    """Bits per held-out byte, each byte predicted once; see `corpus.held_out_windows`.
+
+    Args:
+      stride: how far the windows move, by default half the context. Smaller is slower,
+        with more context.
+      windows: how many of the windows to take, evenly spread; by default all of them.
+      batch: how many windows are computed at once.
+    """
+    stride = stride or default_stride(config.context)
+    texts, counts = corpus.held_out_windows(
+        training, held_out, context=config.context, stride=stride
+    )
+    if windows is not None and windows < len(texts):
+        chosen = np.arange(windows) * len(texts) // windows
+        texts, counts = texts[chosen], counts[chosen]
+    total = int(counts.sum())
+    # One shape, one compilation: windows that count no prediction fill the last batch.
+    pad = -len(texts) % batch
+    texts, counts = np.pad(texts, ((0, pad), (0, 0))), np.pad(counts, (0, pad))
+    nats = 0.0
+    for at in range(0, len(texts), batch):
+        sums = _counted_nats(
+            config, params, texts[at : at + batch], counts[at : at + batch]
+        )
+        nats += float(np.sum(np.asarray(sums), dtype=np.float64))
+    return nats / total / NATS_PER_BIT
+
+
+def train(
+    config: DecoderConfig,
+    settings: TrainingConfig,
+    training: np.ndarray,
+    held_out: np.ndarray,
+    *,
+    state: TrainState | None = None,
+    done: int = 0,
+) -> Iterator[Step]:
+    """Train on from `state` after `done` steps, by default none; yield each step.
+
+    The yielded state lives until the next step, which consumes it. The validation is an
+    estimate every `validate_every` steps and at the end, from evenly spread windows
+    without overlap: a part of the held-out text, with less context than in `evaluate`
+    by default, so a little higher.
+    """
+    state = init_state(config, settings) if state is None else state
+    train_step = make_train_step(config, settings)
+    for step in range(done + 1, settings.steps + 1):
+        windows = corpus.training_batch(
+            training,
+            seed=settings.seed,
+            step=step,
+            batch=settings.batch,
+            context=config.context,
+        )
+        state, loss = train_step(state, windows)
+        validation = None
+        if step % settings.validate_every == 0 or step == settings.steps:
+            validation = evaluate(
+                config,
+                state.params,
+                training,
+                held_out,
+                stride=config.context,
+                windows=VALIDATION_WINDOWS,
+            )
+        yield Step(step, state, float(loss) / NATS_PER_BIT, validation)
