@@ -1,11 +1,12 @@
 """Layer normalization for JAX, with a hand-written backward pass."""
 
+from jax_layernorm._explain import explain as explain
 from jax_layernorm._functions import add_layer_norm as add_layer_norm
 from jax_layernorm._functions import add_rms_norm as add_rms_norm
 from jax_layernorm._functions import init_params as init_params
 from jax_layernorm._functions import layer_norm as layer_norm
 from jax_layernorm._functions import rms_norm as rms_norm
-from jax_layernorm._normalize import Statistics as Statistics
+from jax_layernorm._results import Statistics as Statistics
 
 __version__ = "0.1.0"
 

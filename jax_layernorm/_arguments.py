@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 from jax_layernorm._kernels import KERNELS, PLANNED
 
@@ -114,11 +114,6 @@ def check_axis(axis: Any, ndim: int) -> tuple[int, ...]:
             f"axis must name each axis once; got {axis!r} for x of rank {ndim}."
             " Remove the repeated one (a negative axis counts from the end)."
         )
-    if axes != [-1]:
-        raise NotImplementedError(
-            f"axis must be the last one in this version; got {axis!r} for x of rank"
-            f" {ndim}. Move it with jnp.moveaxis, or merge several with reshape."
-        )
     return tuple(axes)
 
 
@@ -146,27 +141,85 @@ def check_params(params: Any, x: Array, axes: tuple[int, ...]) -> Params:
 
 
 def _check_param(key: str, value: Any, x: Array, axes: tuple[int, ...]) -> Array | None:
+    """The parameter in a shape that broadcasts against `x`, axes in the order of `x`."""
     if value is None:
         return None
     name = f"params[{key!r}]"
     value = check_array(name, value)
     expected = tuple(x.shape[axis] for axis in axes)
     if value.shape == expected:
-        return value
+        return _in_the_order_of_x(value, axes)
     rank = x.ndim
-    if value.ndim == rank != len(axes) and all(
-        n in (1, m) for n, m in zip(value.shape, x.shape, strict=True)
-    ):
-        raise NotImplementedError(
-            f"{name} must have shape {expected} in this version; got {value.shape},"
-            " which broadcasts against x. Norm without it, then multiply or add it."
-        )
+    if value.ndim == rank != len(axes) and _broadcasts(value.shape, x.shape):
+        return value
     broadcast = "" if rank == len(axes) else f", or rank {rank} and broadcast against x"
     raise ValueError(
         f"{name} must have shape {expected}, the shape of x {x.shape} along axis"
         f" {axes if len(axes) > 1 else axes[0]}{broadcast}; got {value.shape}."
         " Did you normalize the wrong axis?"
     )
+
+
+def _in_the_order_of_x(value: Array, axes: tuple[int, ...]) -> Array:
+    ascending = sorted(axes)
+    every = range(ascending[0], 0)
+    if list(axes) == list(every):
+        return value
+    value = jnp.transpose(value, [axes.index(axis) for axis in ascending])
+    between = [axis for axis in every if axis not in axes]
+    return jax.lax.expand_dims(value, [axis - every[0] for axis in between])
+
+
+def _broadcasts(shape: tuple[Any, ...], onto: tuple[Any, ...]) -> bool:
+    """Whether an array of `shape` broadcasts to one of shape `onto`, and no further."""
+    trailing = onto[len(onto) - len(shape) :]
+    return len(shape) <= len(onto) and all(
+        n in (1, m) for n, m in zip(shape, trailing, strict=True)
+    )
+
+
+def check_mask(mask: Any, x: Array) -> Array | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, jax.Array):
+        mask = _as_array("mask", mask)
+    if mask.dtype != jnp.bool_:
+        raise TypeError(
+            f"mask must be an array of booleans, True where x takes part; got dtype"
+            f" {mask.dtype}. Convert it first, as with mask != 0."
+        )
+    if not _broadcasts(mask.shape, x.shape):
+        raise ValueError(
+            f"mask must broadcast against x of shape {x.shape}; got shape {mask.shape}."
+            " Give it an axis of length 1 where it does not vary, as with mask[:, None]."
+        )
+    return mask
+
+
+def check_axis_name(axis_name: Any) -> tuple[str, ...]:
+    if axis_name is None:
+        return ()
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(
+            f"axis_name must be a string or a tuple of strings; got {axis_name!r}. Use"
+            " the name given to jax.vmap or to an axis of the mesh."
+        )
+    if not names or len(set(names)) != len(names):
+        raise ValueError(
+            f"axis_name must name at least one axis, and each once; got {axis_name!r}."
+            " Leave it out where the normalized axes are not split."
+        )
+    for name in names:
+        try:
+            jax.lax.axis_size(name)
+        except NameError:
+            raise ValueError(
+                f"axis_name must name axes that are mapped around the call; got {name!r},"
+                " which is not. Call inside jax.vmap(..., axis_name=...) or"
+                " jax.shard_map, or leave it out."
+            ) from None
+    return names
 
 
 def check_dtype(dtype: DTypeLike | None, x: Array) -> jnp.dtype:
@@ -260,20 +313,6 @@ def check_implementation(name: Any, *, custom_vjp: bool) -> str | None:
             f" this version; got {name!r}. None takes the best that can run."
         )
     return name
-
-
-def check_not_yet(mask: ArrayLike | None, axis_name: Any) -> None:
-    if mask is not None:
-        raise NotImplementedError(
-            "mask must be None in this version; got"
-            f" {type(mask).__name__}. Norm the selected rows only, or wait for the next"
-            " version."
-        )
-    if axis_name is not None:
-        raise NotImplementedError(
-            f"axis_name must be None in this version; got {axis_name!r}. Gather the"
-            " normalized axis first, or wait for the next version."
-        )
 
 
 def check_features(features: Any) -> tuple[int, ...]:

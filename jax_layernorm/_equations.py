@@ -19,6 +19,8 @@ of the deviation itself, and the second one measures that error exactly where it
 can still be represented (Chan, Golub, LeVeque, "Algorithms for Computing the
 Sample Variance", 1983, the corrected two-pass algorithm).
 
+Elements that a mask leaves out are 0 in c, x_hat, y and every sum, and not counted in N.
+
 For the cotangents dy, dmean and drstd of y, mean and rstd, with g = dy * gamma:
 
     dbias  = sum of dy over the rows
@@ -29,9 +31,17 @@ For the cotangents dy, dmean and drstd of y, mean and rstd, with g = dy * gamma:
 (RMS norm has no mean: no mean(g), no dmean.) The form with x_hat, and not the
 rstd**3 that differentiating line by line gives, cannot underflow.
 
+Where the normalized axes are split over devices, or over a mapped axis, the parts'
+N_i, mean_i and S_i = sum(c * c) merge (Chan, Golub, LeVeque, eq. 2.1, for many parts)
+without ever forming a sum of large numbers:
+
+    mean = sum(N_i * mean_i) / N;   S = sum(S_i + N_i * (mean_i - mean)**2)
+
 References:
   Ba, Kiros, Hinton, "Layer Normalization", 2016, arXiv:1607.06450.
   Zhang, Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1910.07467.
+  Chan, Golub, LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample
+  Variances", 1979.
 """
 
 from __future__ import annotations
@@ -46,8 +56,9 @@ import jax.numpy as jnp
 from jax import lax
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, Bool, Float
 
+Fence = Callable[[Any], Any]
 Shape = tuple[Any, ...]  # of integers, or of symbolic dimensions under `jax.export`
 
 
@@ -62,6 +73,7 @@ class NormSpec:
       epsilon: added to the variance.
       scale_offset: added to `scale`.
       dtype: of `y`.
+      axis_names: mapped axes over which the normalized axes are split.
       return_statistics: the caller wants `mean` and `rstd` as well.
       implementation: a name in `KERNELS`, or None for the best that can run.
     """
@@ -71,6 +83,7 @@ class NormSpec:
     epsilon: float
     scale_offset: float
     dtype: jnp.dtype
+    axis_names: tuple[str, ...] = ()
     return_statistics: bool = False
     implementation: str | None = None
 
@@ -97,8 +110,8 @@ class Forward(NamedTuple):
 
 class Backward(NamedTuple):
     dx: Float[Array, "*shape"]
-    dscale: Float[Array, "*params"] | None
-    dbias: Float[Array, "*params"] | None
+    dscale: Float[Array, "..."] | None
+    dbias: Float[Array, "..."] | None
 
 
 def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -109,45 +122,57 @@ def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
 def forward(
     x: Float[Array, "*shape"],
     residual: Float[Array, "*shape"] | None,
-    scale: Float[Array, "*params"] | None,
-    bias: Float[Array, "*params"] | None,
+    scale: Float[Array, "..."] | None,
+    bias: Float[Array, "..."] | None,
+    mask: Bool[Array, "..."] | None,
     *,
     spec: NormSpec,
     with_moments: bool,
-    fence: Callable[[Array], Array] = lambda statistic: statistic,
+    fence: Fence = lambda statistics: statistics,
 ) -> Forward:
     """The norm of `x`, or of `residual + x`.
 
-    `fence` is put around each statistic: the identity, or
-    `lax.optimization_barrier` where the compiler would otherwise compute them
-    again for every use (`_kernels/xla.py` says where).
+    `scale`, `bias` and `mask` broadcast against `x`. `fence` is put around each
+    statistic: the identity, or `lax.optimization_barrier` where the compiler would
+    otherwise compute them again for every use (`_kernels/xla.py` says where).
     """
     total = None
     if residual is not None:
         x = total = _add(residual, x)
     compute = compute_dtype(x.dtype)
-    c = x.astype(compute)
+    keep = _keep(mask, x.ndim)
+    count = _count(x, mask, spec.axes)
+
+    c = keep(x.astype(compute))
     mean = mean_low = None
     if spec.center:
-        rough_mean = fence(_mean_for_subtraction(c, spec.axes))
-        c = c - rough_mean
-        correction = fence(_mean_for_subtraction(c, spec.axes))
-        c = c - correction
-        mean = rough_mean + correction
-        mean_low = (rough_mean - mean) + correction
-    rstd = fence(lax.rsqrt(_mean(c * c, spec.axes) + spec.epsilon))
+        rough_mean = fence(_mean_for_subtraction(c, count, spec.axes))
+        c = keep(c - rough_mean)
+        correction = fence(_mean_for_subtraction(c, count, spec.axes))
+        c = keep(c - correction)
+        mean, mean_low = _two_sum(rough_mean, correction)
+    square = jnp.sum(c * c, spec.axes, keepdims=True)
+    if spec.axis_names:
+        mean, mean_low, shift, variance = _merge(
+            mean, mean_low, square, count, spec.axis_names
+        )
+        c = c if shift is None else keep(c + shift)
+    else:
+        variance = square / _at_least_one(count)
+    rstd = fence(lax.rsqrt(variance + spec.epsilon))
     y = c * rstd
     if scale is not None:
         y = y * _gamma(scale, spec, like=y)
     if bias is not None:
         y = y + _broadcastable(bias.astype(compute), y.ndim)
     moments = Moments(mean, mean_low, rstd) if with_moments else None
-    return Forward(y.astype(spec.dtype), total, moments)
+    return Forward(keep(y).astype(spec.dtype), total, moments)
 
 
 def backward(
     x: Float[Array, "*shape"],
-    scale: Float[Array, "*params"] | None,
+    scale: Float[Array, "..."] | None,
+    mask: Bool[Array, "..."] | None,
     moments: Moments,
     dy: Float[Array, "*shape"],
     dtotal: Float[Array, "*shape"] | None,
@@ -155,59 +180,161 @@ def backward(
     drstd: Float[Array, "*stats"] | None,
     *,
     spec: NormSpec,
+    scale_shape: Shape | None,
     bias_shape: Shape | None,
-    fence: Callable[[Array], Array] = lambda statistic: statistic,
+    fence: Fence = lambda statistics: statistics,
 ) -> Backward:
     """Cotangents of `forward`'s arguments, from what it was given and `moments`.
 
-    With a residual, `x` is the sum, `dtotal` its cotangent, and `dx` the
-    cotangent of both summands. `dscale` and `dbias` are left in the dtype they
-    are summed in; `bias_shape` is None where there is no bias.
+    With a residual, `x` is the sum, `dtotal` its cotangent, and `dx` the cotangent of
+    both summands. `dscale` and `dbias` have the shapes given, None where there is no
+    such parameter, and are left in the dtype they are summed in.
     """
     compute = compute_dtype(x.dtype)
+    keep = _keep(mask, x.ndim)
+    count = _count(x, mask, spec.axes)
     mean, mean_low, rstd = moments
-    c = x.astype(compute)
+    c = keep(x.astype(compute))
     if mean is not None and mean_low is not None:
         c = (c - mean) - mean_low
-    x_hat = c * rstd
-    dy = dy.astype(compute)
-    g = dy if scale is None else dy * _gamma(scale, spec, like=dy)
+    x_hat = keep(c * rstd)
+    dy = keep(dy.astype(compute))
+    g = dy if scale is None else keep(dy * _gamma(scale, spec, like=dy))
 
-    along_x_hat = fence(_mean(g * x_hat, spec.axes))
-    if drstd is not None:
-        along_x_hat = along_x_hat + rstd * drstd / _count(x.shape, spec.axes)
+    # All that needs a sum over a row, or over the devices that share it.
+    sums = {"g * x_hat": jnp.sum(g * x_hat, spec.axes, keepdims=True)}
     if spec.center:
-        g = g - fence(_mean(g, spec.axes))
-    dx = rstd * (g - x_hat * along_x_hat)
+        sums["g"] = jnp.sum(g, spec.axes, keepdims=True)
+    sums = fence(sums)
+    if drstd is not None:
+        sums["drstd"] = drstd
     if dmean is not None:
-        dx = dx + dmean / _count(x.shape, spec.axes)
+        sums["dmean"] = dmean
+    if spec.axis_names:
+        sums["count"] = count
+        sums = _psum(sums, rstd, spec.axis_names)
+        count = sums["count"]
+    n = _at_least_one(count)
+
+    along_x_hat = sums["g * x_hat"]
+    if drstd is not None:
+        along_x_hat = along_x_hat + rstd * sums["drstd"]
+    dx = g - x_hat * (along_x_hat / n)
+    if spec.center:
+        dx = dx - sums["g"] / n
+    dx = rstd * dx
+    if dmean is not None:
+        dx = dx + sums["dmean"] / n
+    dx = keep(dx)
     if dtotal is not None:
         dx = dx + dtotal.astype(compute)
 
-    dscale = None if scale is None else _sum_to_shape(dy * x_hat, scale.shape)
+    dscale = None if scale_shape is None else _sum_to_shape(dy * x_hat, scale_shape)
     dbias = None if bias_shape is None else _sum_to_shape(dy, bias_shape)
     return Backward(dx.astype(x.dtype), dscale, dbias)
 
 
-def _mean(x: Float[Array, "*shape"], axes: tuple[int, ...]) -> Float[Array, "*stats"]:
-    return jnp.sum(x, axes, keepdims=True) / _count(x.shape, axes)
+def _keep(mask: Bool[Array, "..."] | None, ndim: int) -> Callable[[Array], Array]:
+    """The function that sets to 0 what `mask` leaves out, NaN and inf too."""
+    if mask is None:
+        return lambda x: x
+    full = _broadcastable(mask, ndim)
+    return lambda x: jnp.where(full, x, 0)
+
+
+def _count(x: Array, mask: Bool[Array, "..."] | None, axes: tuple[int, ...]) -> Any:
+    """Elements in a row that take part: a number, or an array under a mask."""
+    dtype = compute_dtype(x.dtype)
+    if mask is None:
+        return math.prod(x.shape[axis] for axis in axes)
+    full = _broadcastable(mask, x.ndim)
+    repeats = math.prod(x.shape[axis] for axis in axes if full.shape[axis] == 1)
+    return jnp.sum(full, axes, keepdims=True, dtype=dtype) * repeats
 
 
 def _mean_for_subtraction(
-    x: Float[Array, "*shape"], axes: tuple[int, ...]
+    x: Float[Array, "*shape"], count: Any, axes: tuple[int, ...]
 ) -> Float[Array, "*stats"]:
-    """The mean, as the very result of a sum.
+    """The mean, as the very result of a sum or of a division.
 
     The product of a sum and 1/N would be computed again for each use, and as part of a
     fused multiply-add where it is subtracted: in `x - mean` the mean would then not be
     the one that is saved, and at a large mean the difference of the two matters.
     """
-    return jnp.sum(x * (1 / _count(x.shape, axes)), axes, keepdims=True)
+    if isinstance(count, jax.Array):
+        return jnp.sum(x, axes, keepdims=True) / _at_least_one(count)
+    return jnp.sum(x * (1 / _at_least_one(count)), axes, keepdims=True)
 
 
-def _count(shape: Shape, axes: tuple[int, ...]) -> Any:
-    """Elements in a row; 1 for a row of none, whose mean is then 0 and not NaN."""
-    return max(math.prod(shape[axis] for axis in axes), 1)
+def _at_least_one(count: Any) -> Any:
+    """So that the mean of nothing is 0 and not NaN."""
+    return jnp.maximum(count, 1) if isinstance(count, jax.Array) else max(count, 1)
+
+
+def _two_sum(large: Array, small: Array) -> tuple[Array, Array]:
+    """`large + small`, rounded, and what the rounding lost (Dekker, 1971)."""
+    high = large + small
+    return high, (large - high) + small
+
+
+def _merge(
+    mean: Float[Array, "*stats"] | None,
+    mean_low: Float[Array, "*stats"] | None,
+    square: Float[Array, "*stats"],
+    count: Any,
+    axis_names: tuple[str, ...],
+) -> tuple[Array | None, Array | None, Array | None, Array]:
+    """The statistics of whole rows, from those of the parts, in one collective.
+
+    Returns the mean in two words, how far above it the mean of this part lies, and the
+    variance. Without a mean (RMS norm) the first three are None.
+    """
+    counted = isinstance(count, jax.Array)
+    own = [square] if mean is None else [square, mean, mean_low]
+    if counted:
+        own.append(jnp.broadcast_to(count, square.shape))
+    parts = jnp.stack(own)
+    for name in reversed(axis_names):
+        parts = lax.all_gather(parts, name)
+    parts = parts.reshape(-1, len(own), *square.shape)
+    squares = parts[:, 0]
+    counts = parts[:, -1] if counted else jnp.full_like(squares, count)
+    n = _at_least_one(jnp.sum(counts, 0))
+    if mean is None:
+        return None, None, None, _mapped(jnp.sum(squares, 0) / n, axis_names)
+    # Relative to one part's mean: differences of means are exact where the means are
+    # close, and where they are not the variance is large.
+    first = parts[0, 1]
+    if counted:  # a part without elements has no mean
+        first = jnp.max(jnp.where(counts > 0, parts[:, 1], -jnp.inf), 0)
+        first = jnp.where(jnp.max(counts, 0) > 0, first, 0)
+    offsets = (parts[:, 1] - first) + parts[:, 2]
+    offset = jnp.sum(counts * offsets, 0) / n
+    squares = squares + counts * (offsets - offset) ** 2
+    shift = ((mean - first) + mean_low) - offset
+    variance = jnp.sum(squares, 0) / n
+    high, low = (_mapped(a, axis_names) for a in _two_sum(first, offset))
+    return high, low, shift, _mapped(variance, axis_names)
+
+
+def _mapped(statistic: Array, axis_names: tuple[str, ...]) -> Array:
+    """`statistic` as a value that each member of the mapped axes has of its own.
+
+    An output that `jax.vmap` knows to be the same for all gets the sum of its cotangents
+    for a cotangent, which `backward` would then sum again.
+    """
+    index = sum(lax.axis_index(name) for name in axis_names)
+    return jnp.where(index < 0, jnp.zeros_like(statistic), statistic)
+
+
+def _psum(
+    sums: dict[str, Any], like: Array, axis_names: tuple[str, ...]
+) -> dict[str, Array]:
+    """Each sum, over the devices too, in one collective."""
+    stacked = jnp.stack(
+        [jnp.broadcast_to(a, like.shape).astype(like.dtype) for a in sums.values()]
+    )
+    return dict(zip(sums, lax.psum(stacked, axis_names), strict=True))
 
 
 def _add(
@@ -229,8 +356,8 @@ def _add(
 
 
 def _gamma(
-    scale: Float[Array, "*params"], spec: NormSpec, *, like: Array
-) -> Float[Array, "*broadcastable"]:
+    scale: Float[Array, "..."], spec: NormSpec, *, like: Array
+) -> Float[Array, "..."]:
     gamma = scale.astype(like.dtype)
     if spec.scale_offset:
         gamma = gamma + spec.scale_offset

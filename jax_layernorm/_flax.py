@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -40,13 +41,9 @@ def apply_norm(
             " the axis within the group in axis_name."
         )
     x = jnp.asarray(x)
-    axis = _as_tuple(reduction_axes)
-    if _positive(_as_tuple(feature_axes), x.ndim) != _positive(axis, x.ndim):
-        raise NotImplementedError(
-            "feature_axes must be reduction_axes in this version; got"
-            f" {feature_axes!r} and {reduction_axes!r}. Norm without parameters"
-            " (use_scale=False, use_bias=False), then multiply and add."
-        )
+    axis, params = _aligned(params, x, reduction_axes, feature_axes)
+    if mask is not None:
+        mask = jnp.asarray(mask).astype(bool)  # Flax takes integers too
     dtype = canonicalize_dtype(x, *params.values(), dtype=dtype)  # of an integer x too
     x = _as_floating(x)
     options |= {"axis": axis, "dtype": dtype, "mask": mask}
@@ -67,12 +64,51 @@ def feature_shape(x: Array, feature_axes: Axes) -> tuple[int, ...]:
     return tuple(x.shape[axis] for axis in axes)
 
 
+def _aligned(
+    params: dict[str, Array | None],
+    x: Array,
+    reduction_axes: Axes,
+    feature_axes: Axes,
+) -> tuple[tuple[int, ...], dict[str, Array | None]]:
+    """The axes, and the parameters as the functions want them for these.
+
+    A parameter's axes are those of `feature_axes`, in that order; NNX stores it flat.
+    """
+    ndim = _arguments.check_x(_as_floating(x)).ndim
+    axis = _arguments.check_axis(_as_tuple(reduction_axes), ndim)
+    features = _arguments.check_axis(_as_tuple(feature_axes), ndim)
+    shape = tuple(x.shape[axis] for axis in features)
+    order = sorted(features)
+
+    def over_features(param: Array) -> Array:
+        return param.reshape(shape) if param.size == math.prod(shape) else param
+
+    def over_all_axes(param: Array) -> Array:
+        param = over_features(param)
+        if param.shape != shape:
+            raise ValueError(
+                f"parameters must have shape {shape}, the shape of x {x.shape} along"
+                f" feature_axes {feature_axes}; got {param.shape}. Are feature_axes"
+                " right?"
+            )
+        param = jnp.transpose(param, [features.index(axis) for axis in order])
+        others = [i for i in range(ndim) if i - ndim not in features]
+        param = jnp.expand_dims(param, others)
+        return jnp.broadcast_to(param, x.shape) if len(axis) == ndim else param
+
+    if set(features) == set(axis):
+        return features, _map(over_features, params)
+    return tuple(sorted(axis)), _map(over_all_axes, params)
+
+
+def _map(
+    change: Callable[[Array], Array], params: dict[str, Array | None]
+) -> dict[str, Array | None]:
+    return {key: None if p is None else change(p) for key, p in params.items()}
+
+
 def _as_tuple(axes: Axes) -> tuple[int, ...]:
     return tuple(axes) if isinstance(axes, Sequence) else (axes,)
-
-
-def _positive(axes: tuple[int, ...], ndim: int) -> tuple[int, ...]:
-    return tuple(axis + ndim if axis < 0 else axis for axis in axes)
 
 
 def _as_floating(x: Array) -> Array:

@@ -12,7 +12,8 @@ from jax.typing import ArrayLike, DTypeLike
 from jax_layernorm import _arguments
 from jax_layernorm._arguments import Implementation
 from jax_layernorm._equations import NormSpec
-from jax_layernorm._normalize import Normalized, Statistics, normalize
+from jax_layernorm._normalize import normalize
+from jax_layernorm._results import Normalized, Statistics
 
 Params = Mapping[str, ArrayLike | None]
 
@@ -69,19 +70,25 @@ def layer_norm(
     compensated two-pass formula, so a large common offset of a row costs no accuracy.
 
     Args:
-      params: a mapping with optional `scale` and `bias`, each `(features,)`, any
-        floating dtype; missing or None: left out. Without a scale the factor is 1
-        and `scale_offset` plays no part.
-      x: `(*batch, features)`, bfloat16, float16, float32 or float64. (A float64 NumPy
+      params: a mapping with optional `scale` and `bias`, any floating dtype; missing or
+        None: left out. Without a scale the factor is 1 and `scale_offset` plays no part.
+        A parameter with as many axes as are normalized has exactly their shape, in the
+        order of `axis`; any other has the rank of `x` and broadcasts against it: a scale
+        and shift for each example (adaptive layer norm) is `(batch, 1, features)`, and
+        gets gradients of that shape.
+      x: any shape but a scalar's, bfloat16, float16, float32 or float64. (A float64 NumPy
         array becomes float32 unless x64 is enabled, as everywhere in JAX.)
-      axis: the normalized axis. In this version the last one.
+      axis: the normalized axis or axes, in any order, negative ones allowed.
       epsilon: added to the variance; a static number. The default is Flax's; torch's
         is 1e-5.
       scale_offset: added to `scale` in float32; a static number. 1.0 gives the
         zero-centred gain of Gemma.
       dtype: of `y`; None keeps `x.dtype`, also where the parameters are wider.
-      mask: not in this version.
-      axis_name: not in this version.
+      mask: booleans that broadcast against `x`. Elements where it is False take no part,
+        whatever they hold, NaN too: statistics ignore them, their `y` and gradient are 0.
+        A row without a True has mean 0 and rstd 1 / sqrt(epsilon).
+      axis_name: the mapped axis or axes (of `jax.vmap` or `jax.shard_map`) over which the
+        normalized axes are split; statistics are combined across them.
       return_statistics: also return `Statistics(mean, rstd)`, differentiable.
       custom_vjp: use the hand-written backward pass. False lets JAX differentiate the
         same equations: needed for forward mode (`jvp`, `jacfwd`, `linearize`, `jet`),
@@ -169,7 +176,7 @@ def rms_norm(
 
     Args:
       params: as for `layer_norm`.
-      x: `(*batch, features)`, bfloat16, float16, float32 or float64.
+      x: any shape but a scalar's, bfloat16, float16, float32 or float64.
       **options: the keyword arguments of `layer_norm`, all of them.
 
     Returns:
@@ -251,7 +258,7 @@ def add_layer_norm(
 
     Args:
       params: as for `layer_norm`.
-      x: `(*batch, features)`, the output of a block.
+      x: the output of a block.
       residual: the stream it is added to, of the shape of `x` and any floating dtype.
       **options: the keyword arguments of `layer_norm`, all of them.
 
@@ -334,7 +341,7 @@ def add_rms_norm(
 
     Args:
       params: as for `layer_norm`.
-      x: `(*batch, features)`, the output of a block.
+      x: the output of a block.
       residual: the stream it is added to, of the shape of `x` and any floating dtype.
       **options: the keyword arguments of `layer_norm`, all of them.
 
@@ -375,7 +382,11 @@ def add_rms_norm(
     return pair if out.statistics is None else (*pair, out.statistics)
 
 
-def _norm(
+def _norm(params: Any, x: Any, residual: Any, **options: Any) -> Normalized:
+    return normalize(**checked(params, x, residual, **options))
+
+
+def checked(
     params: Any,
     x: Any,
     residual: Any,
@@ -391,13 +402,13 @@ def _norm(
     return_statistics: Any,
     custom_vjp: Any,
     implementation: Any,
-) -> Normalized:
+) -> dict[str, Any]:
+    """The arguments of `normalize`, or an error."""
     x = _arguments.check_x(x)
     if fused_add:
         residual = _arguments.check_residual(residual, x)
     axes = _arguments.check_axis(axis, x.ndim)
     scale, bias = _arguments.check_params(params, x, axes)
-    _arguments.check_not_yet(mask, axis_name)
     custom_vjp = _arguments.check_flag("custom_vjp", custom_vjp)
     spec = NormSpec(
         center=center,
@@ -405,12 +416,21 @@ def _norm(
         epsilon=_arguments.check_epsilon(epsilon),
         scale_offset=_arguments.check_scale_offset(scale_offset),
         dtype=_arguments.check_dtype(dtype, x),
+        axis_names=_arguments.check_axis_name(axis_name),
         return_statistics=_arguments.check_flag("return_statistics", return_statistics),
         implementation=_arguments.check_implementation(
             implementation, custom_vjp=custom_vjp
         ),
     )
-    return normalize(spec, x, residual, scale, bias, custom_vjp=custom_vjp)
+    return {
+        "spec": spec,
+        "x": x,
+        "residual": residual,
+        "scale": scale,
+        "bias": bias,
+        "mask": _arguments.check_mask(mask, x),
+        "custom_vjp": custom_vjp,
+    }
 
 
 def init_params(

@@ -46,6 +46,15 @@ class Problem(NamedTuple):
     exported: bool
 
 
+class Folded(NamedTuple):
+    """A batched use of an op, written as one use on arrays of one rank more."""
+
+    operands: tuple[Any, ...]
+    static: dict[str, Any]
+    finish: Callable[[Any], Any]
+    """From what that use returns to results batched along their first axis."""
+
+
 class Select(Protocol):
     def __call__(self, problem: Problem) -> Callable[..., Any]:
         """The function to run for `problem`, with the signature of the reference."""
@@ -53,7 +62,11 @@ class Select(Protocol):
 
 
 def kernel_op(
-    name: str, reference: Callable[..., Any], select: Select
+    name: str,
+    reference: Callable[..., Any],
+    select: Select,
+    *,
+    fold: Callable[..., Folded | None] = lambda operands, dims, static: None,
 ) -> Callable[..., Any]:
     """Makes `op(*operands, **static)`, which computes `reference(*operands, **static)`.
 
@@ -62,6 +75,9 @@ def kernel_op(
       reference: operands are pytrees of arrays, static arguments hashable; returns a
         pytree of arrays. It must not depend on JAX's global settings.
       select: called at lowering; what it raises reaches the user.
+      fold: called under `jax.vmap` with the operands, the position of the mapped axis in
+        each (None: not mapped) and the static arguments; None where the batched op is
+        not one use of the op, and the reference is to be batched instead.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
@@ -125,7 +141,15 @@ def kernel_op(
         return results, out_tangents
 
     def batch(args: Any, dims: Any, *, treedef: Any, static: Any) -> Any:
-        results = jax.vmap(flat(reference, treedef, static), in_axes=tuple(dims))(*args)
+        operands, positions = (jax.tree.unflatten(treedef, a) for a in (args, dims))
+        folded = fold(operands, positions, dict(static))
+        if folded is None:
+            run = flat(reference, treedef, static)
+            results = jax.vmap(run, in_axes=tuple(dims))(*args)
+        else:
+            results = jax.tree.leaves(
+                folded.finish(op(*folded.operands, **folded.static))
+            )
         return results, [0] * len(results)
 
     def lower(platform: str, ctx: Any, *args: Any, treedef: Any, static: Any) -> Any:

@@ -8,34 +8,21 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from jax_layernorm import _equations
+from jax_layernorm import _batching, _equations, _sharding
 from jax_layernorm._equations import Moments, NormSpec
 from jax_layernorm._kernel_op import kernel_op
 from jax_layernorm._kernels import select
+from jax_layernorm._results import Normalized, Statistics
 
-forward_op = kernel_op("layer_norm_forward", _equations.forward, select)
-backward_op = kernel_op("layer_norm_backward", _equations.backward, select)
-
-
-class Statistics(NamedTuple):
-    """`mean` and `rstd` of each row, normalized axes kept with length 1.
-
-    float32, or float64 where the normalized array is; `mean` is 0 for RMS norm.
-    """
-
-    mean: Array
-    rstd: Array
-
-
-class Normalized(NamedTuple):
-    """What a norm returns; None where it was not asked for."""
-
-    y: Array
-    total: Array | None
-    statistics: Statistics | None
+forward_op = kernel_op(
+    "layer_norm_forward", _equations.forward, select, fold=_batching.fold_forward
+)
+backward_op = kernel_op(
+    "layer_norm_backward", _equations.backward, select, fold=_batching.fold_backward
+)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "custom_vjp"))
@@ -45,19 +32,40 @@ def normalize(
     residual: Array | None,
     scale: Array | None,
     bias: Array | None,
+    mask: Array | None,
     *,
     custom_vjp: bool = True,
 ) -> Normalized:
-    """The norm of `x`, or of `residual + x`.
+    """The norm of `x`, or of `residual + x`; the rest broadcasts against `x`.
 
     Jitted, so that an eager call is one dispatch and 48 norms of a model are traced
-    once. Without `custom_vjp` JAX differentiates the equations, forward or reverse.
+    once, and because an eager custom_vjp loses the names of mapped axes where `jax.grad`
+    is outside `jax.vmap`. Without `custom_vjp` JAX differentiates the equations, forward
+    or reverse.
     """
-    operands = _equally_varying(x, residual, scale, bias)
+    run = functools.partial(_on_each_device, custom_vjp=custom_vjp)
+    return _sharding.over_split_rows(run, spec, x, residual, scale, bias, mask)
+
+
+def _on_each_device(
+    spec: NormSpec, *operands: Array | None, custom_vjp: bool
+) -> Normalized:
+    operands = _sharding.equally_varying(operands)
     if custom_vjp:
         return _normalize(spec, *operands)
     out = _equations.forward(*operands, spec=spec, with_moments=spec.return_statistics)
     return _public(out)
+
+
+def _ops(spec: NormSpec) -> tuple[Any, Any]:
+    """What runs forward and backward.
+
+    Where the normalized axes are split over a mapped axis, the equations themselves: a
+    kernel op holds no collective, since its batching rule would run outside the axis.
+    """
+    if spec.axis_names:
+        return _equations.forward, _equations.backward
+    return forward_op, backward_op
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -67,9 +75,11 @@ def _normalize(
     residual: Array | None,
     scale: Array | None,
     bias: Array | None,
+    mask: Array | None,
 ) -> Normalized:
-    out = forward_op(
-        x, residual, scale, bias, spec=spec, with_moments=spec.return_statistics
+    run, _ = _ops(spec)
+    out = run(
+        x, residual, scale, bias, mask, spec=spec, with_moments=spec.return_statistics
     )
     return _public(out)
 
@@ -89,6 +99,7 @@ class _Saved(NamedTuple):
 
     x: Array  # or the sum, where there is a residual
     scale: Array | None
+    mask: Array | None
     moments: Moments
     like: _Like
 
@@ -99,15 +110,18 @@ def _forward_rule(
     residual: Array | None,
     scale: Array | None,
     bias: Array | None,
+    mask: Array | None,
 ) -> tuple[Normalized, _Saved]:
-    out = forward_op(x, residual, scale, bias, spec=spec, with_moments=True)
+    run, _ = _ops(spec)
+    out = run(x, residual, scale, bias, mask, spec=spec, with_moments=True)
     moments = checkpoint_name(out.moments, "layer_norm_statistics")
     like = _Like(
         x.dtype,
         None if residual is None else residual.dtype,
         None if bias is None else (bias.shape, bias.dtype),
     )
-    saved = _Saved(x if out.total is None else out.total, scale, moments, like)
+    normalized = x if out.total is None else out.total
+    saved = _Saved(normalized, scale, mask, moments, like)
     if not spec.return_statistics:
         out = out._replace(moments=None)
     return _public(out), saved
@@ -120,15 +134,18 @@ def _backward_rule(
     dmean = drstd = None
     if cotangents.statistics is not None:
         dmean, drstd = cotangents.statistics
-    dx, dscale, dbias = backward_op(
+    _, run = _ops(spec)
+    dx, dscale, dbias = run(
         saved.x,
         saved.scale,
+        saved.mask,
         saved.moments,
         cotangents.y,
         cotangents.total,
         dmean if spec.center else None,
         drstd,
         spec=spec,
+        scale_shape=None if saved.scale is None else saved.scale.shape,
         bias_shape=None if like.bias is None else like.bias[0],
     )
     return (
@@ -136,6 +153,7 @@ def _backward_rule(
         None if like.residual is None else dx.astype(like.residual),
         None if saved.scale is None else dscale.astype(saved.scale.dtype),
         None if like.bias is None else dbias.astype(like.bias[1]),
+        None,
     )
 
 
@@ -148,24 +166,3 @@ def _public(out: _equations.Forward) -> Normalized:
     rstd = out.moments.rstd
     mean = jnp.zeros_like(rstd) if out.moments.mean is None else out.moments.mean
     return Normalized(out.y, out.total, Statistics(mean, rstd))
-
-
-def _equally_varying(*operands: Array | None) -> list[Any]:
-    """Operands made to vary over the same manual mesh axes.
-
-    Inside `shard_map(check_vma=True)` a custom_vjp rule must return a cotangent that
-    varies over just the axes its primal does. Casting a replicated parameter to the
-    axes of `x` beforehand puts the sum over them where it belongs: into the
-    transpose of the cast.
-    """
-    varying = [
-        frozenset() if operand is None else jax.typeof(operand).manual_axis_type.varying
-        for operand in operands
-    ]
-    everywhere = frozenset().union(*varying)
-    return [
-        operand
-        if operand is None or axes == everywhere
-        else lax.pcast(operand, tuple(sorted(everywhere - axes)), to="varying")
-        for operand, axes in zip(operands, varying, strict=True)
-    ]

@@ -25,7 +25,8 @@ class LayerNorm(nn.LayerNorm):
     same names, and returns the same dtype. `use_fast_variance` and
     `force_float32_reductions` have no effect: statistics are always taken in float32 or
     wider, by a formula that is right where the fast one is not. `axis_index_groups` is
-    refused. In this version `mask`, `axis_name`, and axes other than the last are too.
+    refused. What `mask` leaves out is 0 in the output, where Flax normalizes it too.
+    The parameters' axes are in the order of `feature_axes`, which Flax sorts.
 
     Attributes:
       scale_offset: added to `scale` in float32.

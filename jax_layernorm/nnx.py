@@ -31,8 +31,8 @@ class LayerNorm(nnx.LayerNorm):
     same names, and returns the same dtype. `use_fast_variance` has no effect:
     statistics are always taken in float32 or wider, by a formula that is right where
     the fast one is not, and from `x` as given, where Flax rounds it to `dtype` first.
-    `axis_index_groups` is refused. In this version `mask`, `axis_name`, and axes other
-    than the last are too.
+    `axis_index_groups` is refused. What `mask` leaves out is 0 in the output, where Flax
+    normalizes it too.
 
     Args:
       num_features: the length of the last axis of `x`.

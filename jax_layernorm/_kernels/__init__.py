@@ -7,8 +7,10 @@ stays last.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 from jax_layernorm import _equations
 from jax_layernorm._kernel_op import Problem
@@ -39,6 +41,29 @@ PLANNED = ("native_cpu", "pallas_tpu", "pallas_triton", "pallas_mosaic_gpu")
 """Names that the public contract reserves and this version does not provide."""
 
 
+class Decision(NamedTuple):
+    """One choice: the implementation, and for each why it cannot run, or None."""
+
+    chosen: str | None
+    reasons: dict[str, str | None]
+
+
+_recorded: contextvars.ContextVar[list[Decision] | None] = contextvars.ContextVar(
+    "recorded", default=None
+)
+
+
+@contextlib.contextmanager
+def record_decisions() -> Iterator[list[Decision]]:
+    """Collects the decisions of what is lowered in the block, in this thread."""
+    decisions: list[Decision] = []
+    token = _recorded.set(decisions)
+    try:
+        yield decisions
+    finally:
+        _recorded.reset(token)
+
+
 def select(problem: Problem) -> Callable[..., Any]:
     """The function to run for `problem`, decided while it is lowered.
 
@@ -47,15 +72,16 @@ def select(problem: Problem) -> Callable[..., Any]:
         this; the message gives its reason.
     """
     name = problem.static["spec"].implementation
-    reason = None
-    for candidate in KERNELS if name is None else (name,):
-        kernel = KERNELS[candidate]
-        reason = kernel.unsupported(problem)
-        if reason is None:
-            direction = problem.op.removeprefix("layer_norm_")
-            return getattr(kernel, direction)(problem)
-    raise NotImplementedError(
-        f"implementation={name!r} must be able to run the {problem.op} it is asked for;"
-        f" got one on platform {problem.platform!r} that it cannot: {reason}. Use"
-        " implementation=None to take the best that can."
-    )
+    reasons = {each: kernel.unsupported(problem) for each, kernel in KERNELS.items()}
+    able = [each for each, reason in reasons.items() if reason is None]
+    chosen = able[0] if name is None else name if name in able else None
+    decisions = _recorded.get()
+    if decisions is not None:
+        decisions.append(Decision(chosen, reasons))
+    if chosen is None:
+        raise NotImplementedError(
+            f"implementation={name!r} must be able to run the {problem.op} it is asked"
+            f" for; got one on platform {problem.platform!r} that it cannot:"
+            f" {reasons[name]}. Use implementation=None to take the best that can."
+        )
+    return getattr(KERNELS[chosen], problem.op.removeprefix("layer_norm_"))(problem)

@@ -1,0 +1,80 @@
+"""`jax.vmap` of the norm's ops: the mapped axis becomes one more axis of rows.
+
+So a kernel still runs, once for all, and with the hand-written backward pass. Parameters
+that are mapped too become ones that broadcast against `x`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jax_layernorm._equations import Backward
+from jax_layernorm._kernel_op import Folded
+
+
+def fold_forward(operands: Any, dims: Any, static: dict[str, Any]) -> Folded | None:
+    x, residual, *broadcast = operands
+    rows = _same_size((x, residual), dims[:2])
+    if rows is None:  # one x, several parameters: its statistics are taken once
+        return None
+    broadcast = _aligned(broadcast, dims[2:], rows[0].ndim)
+    return Folded((*rows, *broadcast), static, lambda out: out)
+
+
+def fold_backward(operands: Any, dims: Any, static: dict[str, Any]) -> Folded | None:
+    x, scale, mask, *cotangents = operands
+    rows = _same_size((x, *cotangents), (dims[0], *dims[3:]))
+    assert rows is not None, "a batched op has a batched operand"
+    (x, *cotangents) = rows
+    size, ndim = x.shape[0], x.ndim
+    scale, mask = _aligned((scale, mask), dims[1:3], ndim)
+    shapes = {key: static[key] for key in ("scale_shape", "bias_shape")}
+    one_each = {
+        key: None if shape is None else (size, *(1,) * (ndim - 1 - len(shape)), *shape)
+        for key, shape in shapes.items()
+    }
+
+    def finish(out: Backward) -> Backward:
+        dscale, dbias = (
+            None if shape is None else gradient.reshape(size, *shape)
+            for gradient, shape in zip(out[1:], shapes.values(), strict=True)
+        )
+        return Backward(out.dx, dscale, dbias)
+
+    return Folded((x, scale, mask, *cotangents), static | one_each, finish)
+
+
+def _same_size(operands: Any, dims: Any) -> Any:
+    """Operands with the mapped axis in front, in all of them; None if mapped in none."""
+    leaves, treedef = jax.tree.flatten(operands)
+    positions = treedef.flatten_up_to(dims)
+    sizes = {
+        leaf.shape[position]
+        for leaf, position in zip(leaves, positions, strict=True)
+        if position is not None
+    }
+    if not sizes:
+        return None
+    (size,) = sizes
+    return treedef.unflatten(
+        jnp.broadcast_to(leaf, (size, *leaf.shape))
+        if position is None
+        else jnp.moveaxis(leaf, position, 0)
+        for leaf, position in zip(leaves, positions, strict=True)
+    )
+
+
+def _aligned(operands: Any, dims: Any, ndim: int) -> list[Array | None]:
+    """Operands that broadcast against rank `ndim`, those that are mapped along axis 0."""
+    return [
+        operand
+        if operand is None or position is None
+        else lax.expand_dims(
+            jnp.moveaxis(operand, position, 0), range(1, 1 + ndim - operand.ndim)
+        )
+        for operand, position in zip(operands, dims, strict=True)
+    ]

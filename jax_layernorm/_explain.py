@@ -1,0 +1,155 @@
+"""`explain`: which implementation runs where, and why; and `python -m jax_layernorm`."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import platform as host
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+from jax_layernorm import _functions, _kernels
+from jax_layernorm._kernel_op import PLATFORMS
+
+COMMON = {  # shapes that people norm
+    "BERT, GPT-2": ((4096, 768), "float32"),
+    "8B decoder": ((8192, 4096), "bfloat16"),
+    "27B decoder": ((8192, 5120), "bfloat16"),
+    "heads (QK norm)": ((32768, 128), "bfloat16"),
+    "one token": ((1, 4096), "bfloat16"),
+}
+
+
+class Choice(NamedTuple):
+    """What runs on one platform.
+
+    Attributes:
+      implementation: the name of the one that runs, forward and backward; None where the
+        one that was asked for cannot, and the call raises.
+      reasons: for the other implementations, why they do not run.
+    """
+
+    implementation: str | None
+    reasons: dict[str, str]
+
+
+class Explanation(dict[str, Choice]):
+    """A `Choice` for each platform; prints as a table."""
+
+    def __str__(self) -> str:
+        lines = []
+        for platform, choice in self.items():
+            lines.append(f"{platform:<5} {choice.implementation or 'none: it raises'}")
+            for reason in dict.fromkeys(choice.reasons.values()):
+                names = [name for name, why in choice.reasons.items() if why == reason]
+                lines.append(f"      not {', '.join(names)}: {reason}")
+        return "\n".join(lines)
+
+
+def explain(
+    params: Any,
+    x: Any,
+    residual: Any = None,
+    *,
+    function: Callable[..., Any] | None = None,
+    **options: Any,
+) -> Explanation:
+    """For each platform, the implementation that would run, and why the others would not.
+
+    Lowers the norm and its backward pass for each platform and tells what was decided;
+    nothing is computed.
+
+    Args:
+      params: as for `layer_norm`; arrays, or `jax.ShapeDtypeStruct`s.
+      x: likewise. A sharded array is explained as it is placed.
+      residual: as for `add_layer_norm`.
+      function: one of the four functions; `layer_norm`, or `add_layer_norm` where there
+        is a residual, if left out.
+      **options: the keyword arguments of `layer_norm`, all of them.
+
+    Returns:
+      A dict from "cpu", "cuda", "rocm" and "tpu" to a `Choice(implementation, reasons)`;
+      it prints as a table.
+
+    Raises:
+      TypeError, ValueError, NotImplementedError: as the function itself when called.
+
+    Example:
+      >>> import jax
+      >>> import jax_layernorm as jln
+      >>> x = jax.ShapeDtypeStruct((8192, 4096), "bfloat16")
+      >>> jln.explain({}, x)["tpu"].implementation
+      'xla'
+    """
+    if function is None:
+        added = residual is not None
+        function = _functions.add_layer_norm if added else _functions.layer_norm
+    norm = functools.partial(function, **options)
+
+    def both_passes(*arguments: Any) -> Any:
+        out, pullback = jax.vjp(norm, *arguments)
+        return pullback(out)
+
+    arguments = (params, x) if residual is None else (params, x, residual)
+    traced = jax.jit(both_passes).trace(*arguments)
+    if options.get("custom_vjp") is False:
+        choice = _equations_alone("custom_vjp=False")
+    elif options.get("axis_name") is not None:
+        choice = _equations_alone("axis_name")
+    else:
+        return Explanation({each: _choice(traced, each) for each in PLATFORMS})
+    return Explanation(dict.fromkeys(PLATFORMS, choice))
+
+
+def _equations_alone(because_of: str) -> Choice:
+    reasons = _not_in_this_version()
+    reasons |= dict.fromkeys(
+        _kernels.KERNELS, f"{because_of} runs the equations themselves"
+    )
+    del reasons["xla"]
+    return Choice("xla", reasons)
+
+
+def _not_in_this_version() -> dict[str, str]:
+    return dict.fromkeys(_kernels.PLANNED, "it is not part of this version")
+
+
+def _choice(traced: Any, platform: str) -> Choice:
+    with _kernels.record_decisions() as decisions:
+        try:
+            traced.lower(lowering_platforms=(platform,))
+        except NotImplementedError:
+            # What no implementation can do raises too, and is not ours to explain.
+            if not decisions or decisions[-1].chosen is not None:
+                raise
+    reasons = _not_in_this_version()
+    for decision in decisions:
+        reasons |= {
+            name: reason or "another one is preferred, or was asked for"
+            for name, reason in decision.reasons.items()
+        }
+    chosen = list(dict.fromkeys(decision.chosen for decision in decisions))
+    if None in chosen:
+        return Choice(None, reasons)
+    for name in chosen:
+        del reasons[name]
+    return Choice(" and ".join(chosen), reasons)
+
+
+def main() -> None:
+    """Prints versions, devices, and what runs for a few common shapes."""
+    print(f"Python {host.python_version()} on {host.platform()}")
+    for package in ("jax-layernorm", "jax", "jaxlib", "flax", "libtpu"):
+        try:
+            print(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"{package} is not installed")
+    devices = jax.devices()
+    print(f"{len(devices)} {devices[0].platform} device(s): {devices[0].device_kind}")
+    for name, (shape, dtype) in COMMON.items():
+        x = jax.ShapeDtypeStruct(shape, dtype)
+        params = jax.eval_shape(lambda n=shape[-1]: _functions.init_params(n))
+        print(f"\n{name}: {shape[0]} x {shape[1]} {dtype}")
+        print(explain(params, x))

@@ -1,0 +1,25 @@
+"""What the functions return."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from jax import Array
+
+
+class Statistics(NamedTuple):
+    """`mean` and `rstd` of each row, normalized axes kept with length 1.
+
+    float32, or float64 where the normalized array is; `mean` is 0 for RMS norm.
+    """
+
+    mean: Array
+    rstd: Array
+
+
+class Normalized(NamedTuple):
+    """What a norm returns; None where it was not asked for."""
+
+    y: Array
+    total: Array | None
+    statistics: Statistics | None

@@ -1,0 +1,94 @@
+"""Placement that is known while tracing: manual mesh axes, and explicit ones."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+from jax import Array, lax
+from jax.sharding import NamedSharding, reshard
+from jax.sharding import PartitionSpec as P
+
+from jax_layernorm._equations import NormSpec
+from jax_layernorm._results import Normalized, Statistics
+
+
+def equally_varying(operands: Sequence[Array | None]) -> list[Any]:
+    """Operands made to vary over the same manual mesh axes.
+
+    Inside `shard_map(check_vma=True)` a custom_vjp rule must return a cotangent that
+    varies over just the axes its primal does. Casting a replicated parameter to the
+    axes of `x` beforehand puts the sum over them where it belongs: into the
+    transpose of the cast.
+    """
+    varying = [
+        frozenset() if operand is None else jax.typeof(operand).manual_axis_type.varying
+        for operand in operands
+    ]
+    everywhere = frozenset().union(*varying)
+    return [
+        operand
+        if operand is None or axes == everywhere
+        else lax.pcast(operand, tuple(sorted(everywhere - axes)), to="varying")
+        for operand, axes in zip(operands, varying, strict=True)
+    ]
+
+
+def over_split_rows(
+    run: Callable[..., Normalized],
+    spec: NormSpec,
+    x: Array,
+    *others: Array | None,
+) -> Normalized:
+    """`run(spec, x, *others)`; on each device where explicit mesh axes split the rows.
+
+    There `run` gets those axes as `axis_names`, and merges the statistics of the parts
+    in one collective, where the partitioner would need one for each of three sums.
+    """
+    sharding = jax.typeof(x).sharding
+    mesh = sharding.mesh
+    parts = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
+
+    def explicit(axes: Iterable[int]) -> tuple[str, ...]:
+        split_over = (name for axis in axes for name in _as_tuple(parts[axis]))
+        return tuple(name for name in split_over if name in mesh.explicit_axes)
+
+    names = explicit(sorted(spec.axes))
+    if not names:
+        return run(spec, x, *others)
+
+    def specs_of(operand: Array | None) -> P | None:
+        if operand is None:
+            return None
+        own = zip(parts[x.ndim - operand.ndim :], operand.shape, strict=True)
+        return P(*(None if n == 1 else part for part, n in own))
+
+    operands = (x, *others)
+    in_specs = tuple(map(specs_of, operands))
+    operands = [
+        None if operand is None else reshard(operand, NamedSharding(mesh, in_spec))
+        for operand, in_spec in zip(operands, in_specs, strict=True)
+    ]
+    a_row = P(*(None if i - x.ndim in spec.axes else p for i, p in enumerate(parts)))
+    # The statistics are the same on all devices of a row, which check_vma would not see.
+    return jax.shard_map(
+        functools.partial(
+            run, dataclasses.replace(spec, axis_names=(*spec.axis_names, *names))
+        ),
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=Normalized(
+            y=P(*parts),
+            total=None if others[0] is None else P(*parts),
+            statistics=Statistics(a_row, a_row) if spec.return_statistics else None,
+        ),
+        axis_names=set(explicit(range(x.ndim))),
+        check_vma=False,
+    )(*operands)
+
+
+def _as_tuple(part: Any) -> tuple[str, ...]:
+    return () if part is None else part if isinstance(part, tuple) else (part,)
