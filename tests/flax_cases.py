@@ -33,15 +33,14 @@ SUMS = (  # dtypes of x and the residual, and `dtype`
     (jnp.float32, jnp.float32, jnp.float64),
     (jnp.float64, jnp.float64, None),
 )
-NOT_YET = {  # options of the constructor, of the call
-    "groups": ({"axis_name": "i", "axis_index_groups": [[0, 1], [2, 3]]}, {}),
-    "groups alone": ({"axis_index_groups": [[0]]}, {}),
-    "axis_name": ({"axis_name": "i"}, {}),
-    "mask": ({}, {"mask": np.ones(SHAPE, bool)}),
-    "integer mask": ({}, {"mask": np.ones(SHAPE, np.int32)}),
-    "first axis": ({"reduction_axes": 0, "feature_axes": 0}, {}),
-    "two axes": ({"reduction_axes": (-2, -1), "feature_axes": (-2, -1)}, {}),
-    "features elsewhere": ({"reduction_axes": (-2, -1), "feature_axes": -1}, {}),
+AXES = {  # reduction_axes and feature_axes, for x of rank 3
+    "first": (0, 0),
+    "middle": (1, 1),
+    "two": ((1, 2), (1, 2)),
+    "two, two features": ((-1, -2), (1, 2)),
+    "all": ((0, 1, 2), -1),
+    "features elsewhere": (-1, 1),
+    "features within": ((1, 2), -1),
 }
 APIS = {"linen": (jln.linen, linen), "nnx": (jln.nnx, nnx)}
 for_both = pytest.mark.parametrize("name", NAMES)

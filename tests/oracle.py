@@ -14,49 +14,136 @@ class Expected(NamedTuple):
     dx_size: np.ndarray  # of the terms that dx is the sum of, for each row
     dscale: np.ndarray
     dbias: np.ndarray
+    y_size: np.ndarray  # of the terms of each of these, likewise
+    mean_size: np.ndarray
+    dscale_size: np.ndarray
+    dbias_size: np.ndarray
 
 
 def norm(
-    x, scale=None, bias=None, dy=None, *, center=True, epsilon=1e-6, scale_offset=0.0
+    x,
+    scale=None,
+    bias=None,
+    dy=None,
+    *,
+    axis=-1,
+    center=True,
+    epsilon=1e-6,
+    scale_offset=0.0,
+    mask=None,
+    dmean=None,
+    drstd=None,
 ):
-    """Forward and backward over the last axis; the gradients are for cotangent `dy`."""
-    x, scale, bias, dy = (
-        None if a is None else np.asarray(a, np.float64) for a in (x, scale, bias, dy)
-    )
-    mean = x.mean(-1, keepdims=True) if center else np.zeros((*x.shape[:-1], 1))
-    c = x - mean
+    """Forward and backward; the gradients are for cotangents `dy`, `dmean`, `drstd`.
+
+    In long double where `x` is float64. Parameters have the normalized shape, in the
+    order of `axis`, or the rank of `x`, and their gradients likewise.
+    """
+    double = np.asarray(x).dtype in (np.float64, np.longdouble)
+    wide = np.longdouble if double else np.float64
+    eps = np.finfo(np.float64 if double else np.float32).eps
+    x = np.asarray(x, wide)
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    full = np.broadcast_to(True if mask is None else np.asarray(mask), x.shape)
+    n = np.maximum(np.sum(full, axes, keepdims=True), 1)
+
+    def array(a, shape):
+        return np.zeros(shape, wide) if a is None else np.asarray(a, wide)
+
+    def keep(a):
+        return np.where(full, a, 0)
+
+    def average(a):
+        return np.sum(a, axes, keepdims=True) / n
+
+    def largest(a):
+        return np.max(np.abs(a), axes, keepdims=True, initial=0)
+
+    normalized = tuple(x.shape[a] for a in axes)
+    scale_shape = normalized if scale is None else np.shape(scale)
+    bias_shape = normalized if bias is None else np.shape(bias)
+    gamma = 1 if scale is None else scale_offset + np.asarray(scale, wide)
+    gamma = _placed(np.broadcast_to(gamma, scale_shape), x.ndim, axes)
+    beta = _placed(array(bias, bias_shape), x.ndim, axes)
+
+    x = keep(x)
+    mean = average(x) if center else np.zeros_like(average(x))
+    c = keep(x - mean)
     if center:
-        correction = c.mean(-1, keepdims=True)
-        mean, c = mean + correction, c - correction
-    rstd = 1 / np.sqrt((c * c).mean(-1, keepdims=True) + epsilon)
-    x_hat = c * rstd
-    gamma = np.float64(1) if scale is None else scale_offset + scale
-    y = x_hat * gamma + (0 if bias is None else bias)
-    dy = np.zeros_like(x) if dy is None else dy
+        correction = average(c)
+        mean, c = mean + correction, keep(c - correction)
+    with np.errstate(divide="ignore"):  # epsilon = 0
+        rstd = 1 / np.sqrt(average(c * c) + epsilon)
+        x_hat = keep(c * np.where(np.isinf(rstd), 0, rstd))
+    y = keep(x_hat * gamma + beta)
+
+    dy = keep(array(dy, x.shape))
+    dmean, drstd = array(dmean, n.shape), array(drstd, n.shape)
     g = dy * gamma
-    dx = g - x_hat * (g * x_hat).mean(-1, keepdims=True)
+    dx = g - x_hat * (average(g * x_hat) + rstd * drstd / n)
     if center:
-        dx = dx - g.mean(-1, keepdims=True)
-    rows = tuple(range(x.ndim - 1))
-    size = rstd * np.abs(g).max(-1, keepdims=True, initial=0)
+        dx = dx - average(g) + dmean / (n * rstd)
+    dx = keep(rstd * dx)
+
+    # What the statistics' dtype can say of x_hat: the mean is subtracted in two steps,
+    # each of which leaves eps of what it started from.
+    lost = rstd * eps * largest(x) if center else 0
+    x_hat_size = largest(x_hat) + lost
+    along_x_hat = np.abs(average(g * x_hat)) + rstd * np.abs(drstd) / n
+    terms = largest(g) + x_hat_size * along_x_hat
+    if center:
+        terms = terms + np.abs(average(g)) + np.abs(dmean) / (n * rstd)
+    dx_size = rstd * terms * (1 + lost)
     return Expected(
-        y, mean, rstd, rstd * dx, size, (dy * x_hat).sum(rows), dy.sum(rows)
+        y,
+        mean,
+        rstd,
+        dx,
+        dx_size,
+        _gathered(dy * x_hat, scale_shape, axes),
+        _gathered(dy, bias_shape, axes),
+        x_hat_size * np.abs(gamma) + np.abs(beta) + np.zeros_like(x),
+        np.abs(mean) + largest(c),
+        _gathered(np.abs(dy) * x_hat_size, scale_shape, axes),
+        _gathered(np.abs(dy), bias_shape, axes),
     )
 
 
-def assert_close(actual, expected, *, summed=1, against=None):
+def _placed(param, ndim, axes):
+    """A parameter with its axes where they are in an array of rank `ndim`."""
+    if param.ndim == ndim != len(axes):
+        return param
+    param = param.reshape(param.shape + (1,) * (ndim - len(axes)))
+    return np.moveaxis(param, range(len(axes)), axes)
+
+
+def _gathered(full, shape, axes):
+    """The gradient of a parameter of `shape`: the transpose of `_placed`."""
+    if full.ndim == len(shape) != len(axes):
+        ones = tuple(i for i, length in enumerate(shape) if length == 1)
+        return full.sum(ones, keepdims=True)
+    return np.moveaxis(full, axes, range(-len(axes), 0)).sum(
+        tuple(range(full.ndim - len(axes)))
+    )
+
+
+def assert_close(actual, expected, *, summed=1, against=None, computed_in=None):
     """Within a few roundings of the dtype of `actual`, relative to the largest element.
 
     A result of order one, rounded once, is off by half a unit of its dtype; statistics
     and sums in float32 or wider add a few units of that dtype. A sum of `summed` terms
     errs, by chance, like its square root. `against` is the magnitude that the errors
-    are relative to, one for each row, where it is not that of `expected`.
+    are relative to, one for each row, where it is not that of `expected`; `computed_in`
+    the dtype of the arithmetic, where `actual` may be wider than it.
     """
     actual = np.asarray(actual)
     assert actual.shape == expected.shape
     own = float(jnp.finfo(actual.dtype).eps)
     compute = min(own, float(jnp.finfo(jnp.float32).eps))
+    if computed_in is not None:
+        compute = float(jnp.finfo(computed_in).eps)
+    oracle = float(np.finfo(expected.dtype).eps)  # its roundings, where it is no wider
     size = np.max(np.abs(expected), initial=0) if against is None else against
-    tolerance = size * (own / 2 + compute * (4 + 0.5 * np.sqrt(summed)))
-    excess = np.abs(actual.astype(np.float64) - expected) / (tolerance + 1e-300)
+    unit = own / 2 + compute * (4 + 0.5 * np.sqrt(summed)) + 8 * oracle
+    excess = np.abs(actual.astype(expected.dtype) - expected) / (size * unit + 1e-300)
     assert np.max(excess, initial=0) <= 1, f"{np.max(excess):.3g} times the tolerance"

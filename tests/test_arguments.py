@@ -50,7 +50,7 @@ BAD_PARAMS = [
     ("of rank 2", {"scale": jnp.ones((3, 8))}, ValueError, "got (3, 8)"),
     ("of rank 4", {"scale": jnp.ones((1, 1, 1, 8))}, ValueError, "rank 3 and broad"),
     ("unfit of rank 3", {"scale": jnp.ones((5, 1, 8))}, ValueError, "got (5, 1, 8)"),
-    ("broadcast", {"scale": jnp.ones((2, 1, 8))}, NotImplementedError, "this version"),
+    ("too wide", {"scale": jnp.ones((2, 2, 8))}, ValueError, "got (2, 2, 8)"),
     ("integers", {"scale": jnp.ones(8, int)}, TypeError, "params['scale'] must be an"),
     ("float8", {"bias": jnp.ones(8, F8.dtype)}, TypeError, "got dtype float8"),
     ("complex", {"bias": jnp.ones(8, complex)}, TypeError, "got dtype complex64"),
@@ -68,8 +68,8 @@ BAD_OPTIONS = [
     ({"axis": True}, TypeError, "got True"),
     ({"axis": "features"}, TypeError, "got 'features'"),
     ({"axis": [2]}, TypeError, "got [2]"),
-    ({"axis": 1}, NotImplementedError, "must be the last one in this version"),
-    ({"axis": (1, 2)}, NotImplementedError, "must be the last one in this version"),
+    ({"axis": (1, -2)}, ValueError, "name each axis once; got (1, -2)"),
+    ({"axis": (0, 3)}, ValueError, "between -3 and 2 for x of rank 3; got (0, 3)"),
     ({"epsilon": -1e-6}, ValueError, "zero or positive"),
     ({"epsilon": float("nan")}, ValueError, "got nan"),
     ({"epsilon": float("inf")}, ValueError, "got inf"),
@@ -90,8 +90,20 @@ BAD_OPTIONS = [
     ({"dtype": jnp.complex64}, TypeError, "dtype must be bfloat16"),
     ({"dtype": 3}, TypeError, "got 3"),
     ({"dtype": jnp.float64}, ValueError, "jax_enable_x64"),
-    ({"mask": jnp.ones(8, bool)}, NotImplementedError, "mask must be None in this"),
-    ({"axis_name": "i"}, NotImplementedError, "axis_name must be None in this"),
+    ({"mask": jnp.ones(8)}, TypeError, "mask must be an array of booleans"),
+    ({"mask": np.ones(8, int)}, TypeError, "as with mask != 0"),
+    ({"mask": [True] * 8}, TypeError, "mask must be a JAX or NumPy array; got"),
+    ({"mask": True}, TypeError, "got builtins.bool"),
+    ({"mask": jnp.ones(7, bool)}, ValueError, "got shape (7,)"),
+    ({"mask": jnp.ones((3, 3, 8), bool)}, ValueError, "x of shape (2, 3, 8)"),
+    ({"mask": jnp.ones((2, 3), bool)}, ValueError, "as with mask[:, None]"),
+    ({"mask": jnp.ones((1, 2, 3, 8), bool)}, ValueError, "got shape (1, 2, 3, 8)"),
+    ({"axis_name": "i"}, ValueError, "mapped around the call; got 'i'"),
+    ({"axis_name": ("i", "j")}, ValueError, "mapped around the call; got 'i'"),
+    ({"axis_name": ()}, ValueError, "at least one axis, and each once; got ()"),
+    ({"axis_name": ("i", "i")}, ValueError, "each once; got ('i', 'i')"),
+    ({"axis_name": 0}, TypeError, "a string or a tuple of strings; got 0"),
+    ({"axis_name": ["i"]}, TypeError, "a string or a tuple of strings; got ['i']"),
     ({"return_statistics": 1}, TypeError, "must be True or False; got 1"),
     ({"custom_vjp": None}, TypeError, "must be True or False; got None"),
     ({"implementation": "cuda"}, ValueError, "must be None or one of 'xla'"),
@@ -191,6 +203,18 @@ def test_every_function_checks(function):
         function({}, *arrays, epsilon=-1.0)
     with raises(ValueError, "must have shape (8,)"):
         jax.jit(function)({"scale": jnp.ones(7)}, *arrays)
+
+
+def test_parameters_of_several_axes_have_their_shape_in_the_order_of_axis():
+    with raises(ValueError, "must have shape (8, 3), the shape of x (2, 3, 8) along"):
+        jln.layer_norm({"scale": jnp.ones((3, 8))}, X, axis=(2, 1))
+    with raises(ValueError, "got (8,)"):
+        jln.layer_norm({"scale": jnp.ones(8)}, X, axis=(1, 2))
+
+
+def test_there_are_at_least_80_bad_calls():
+    tables = (BAD_X, BAD_PARAMS, BAD_OPTIONS, BAD_RESIDUALS, BAD_FEATURES)
+    assert sum(map(len, tables)) >= 80
 
 
 @pytest.mark.usefixtures("x64")

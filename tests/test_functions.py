@@ -215,6 +215,50 @@ def test_axis_may_name_the_last_axis_from_either_end():
         )
 
 
+@pytest.mark.parametrize("axis", ((1,), (0, 2), (2, 0), (-1, -3), (1, 2, 0)), ids=str)
+@pytest.mark.parametrize("function", NORMS)
+def test_any_axes_in_any_order_are_a_transpose_away_from_the_last(function, axis):
+    x, dy = draw(4, 5, 6), draw(4, 5, 6, seed=1)
+    shape = tuple(x.shape[a] for a in axis)
+    params = {"scale": draw(*shape, seed=2), "bias": draw(*shape, seed=3)}
+    others = [a for a in range(3) if a not in [b % 3 for b in axis]]
+    order = (*others, *axis)
+
+    def by_hand(params, x):
+        moved = jnp.transpose(x, [a % 3 for a in order])
+        flat = moved.reshape(*moved.shape[: len(others)], -1)
+        flat_params = jax.tree.map(jnp.ravel, params)
+        y = function(flat_params, flat).reshape(moved.shape)
+        return jnp.transpose(y, np.argsort([a % 3 for a in order]))
+
+    y, vjp = jax.vjp(functools.partial(function, axis=axis), params, x)
+    expected, expected_vjp = jax.vjp(by_hand, params, x)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, (y, vjp(dy)), (expected, expected_vjp(dy)))
+
+
+@pytest.mark.parametrize("function", (*NORMS, *ADDS))
+def test_parameters_of_each_example_get_gradients_of_their_own_shape(function):
+    arrays = (draw(4, 5, 8), draw(4, 5, 8, seed=1))[: 2 if function in ADDS else 1]
+    params = {"scale": draw(4, 1, 8, seed=2), "bias": draw(1, 5, 1, seed=3)}
+
+    def adaptive(params, *arrays):
+        out = function(params, *arrays)
+        return out[0] if function in ADDS else out
+
+    def by_hand(params, *arrays):
+        out = function({}, *arrays)
+        y = out[0] if function in ADDS else out
+        return y * params["scale"] + params["bias"]
+
+    y, vjp = jax.vjp(adaptive, params, *arrays)
+    expected, expected_vjp = jax.vjp(by_hand, params, *arrays)
+    dy = draw(4, 5, 8, seed=4)
+    assert jax.tree.map(jnp.shape, vjp(dy)[0]) == jax.tree.map(jnp.shape, params)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, (y, vjp(dy)), (expected, expected_vjp(dy)))
+
+
 def test_numpy_arrays_and_other_mappings_are_taken():
     from types import MappingProxyType
 

@@ -135,6 +135,39 @@ def test_second_derivatives_and_batched_parameters_use_the_equations(x):
 
 
 @pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("axis", (0, 1))
+def test_vmap_keeps_the_kernel_and_the_handwritten_backward_pass(x, axis):
+    params = {"scale": jnp.linspace(1.0, 2.0, 16), "bias": jnp.zeros(16)}
+    stacked = jnp.stack([x, x[::-1]], axis)
+
+    def value_and_gradients(x):
+        y, pullback = jax.vjp(jln.layer_norm, params, x)
+        return y, *pullback(jnp.cos(x))
+
+    y, dparams, dx = jax.vmap(value_and_gradients, axis)(stacked)
+    assert ran(y) and ran(dx)
+    jaxpr = jax.make_jaxpr(jax.vmap(value_and_gradients, axis))(stacked)
+    assert str(jaxpr).count("layer_norm_forward[") == 1
+    assert str(jaxpr).count("layer_norm_backward[") == 1
+    for i, each in enumerate((x, x[::-1])):
+        _, expected, _ = value_and_gradients(each)
+        for key, gradient in expected.items():
+            np.testing.assert_allclose(dparams[key][i], gradient, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_vmap_over_everything_keeps_the_kernel(x):
+    batch = (3, 4, 16)
+    data = {"scale": jnp.ones((3, 16)), "bias": jnp.zeros((3, 16))}
+    arrays = [jnp.broadcast_to(x, batch), jnp.ones(batch), jnp.ones((3, 4, 1), bool)]
+
+    def norm(params, x, residual, mask):
+        return jln.add_layer_norm(params, x, residual, mask=mask)[0]
+
+    assert ran(jax.vmap(norm)(data, *arrays))
+
+
+@pytest.mark.usefixtures("kernel")
 def test_a_primitive_is_compiled_even_where_jit_is_disabled(x):
     with jax.disable_jit():
         assert ran(jln.layer_norm({}, x))

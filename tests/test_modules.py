@@ -10,10 +10,10 @@ import oracle
 import pytest
 from flax_cases import (
     APIS,
+    AXES,
     FEATURES,
     FLOATS,
     INTEGERS,
-    NOT_YET,
     PARAM_DTYPES,
     PARAMS_AND_RESULTS,
     RESULT_DTYPES,
@@ -108,17 +108,64 @@ def test_flaxs_switches_of_accuracy_are_without_effect(api, name):
         assert_equal(as_function(norms, name, **{switch: False})(params, x), want)
 
 
-@pytest.mark.parametrize(("options", "call"), NOT_YET.values(), ids=NOT_YET)
+@pytest.mark.parametrize("groups", ([[0, 1], [2, 3]], [[0]]), ids=str)
 @for_all
-def test_what_this_version_lacks_is_an_error_not_a_number(api, name, options, call):
-    norm = as_function(APIS[api][0], name, **options)
-    with pytest.raises(NotImplementedError, match="got"):
-        norm(draw_params(name), draw(0, *SHAPE), **call)
-    if api == "linen":
-        with pytest.raises(NotImplementedError, match="got"):
-            getattr(jln.linen, name)(**options).init(
-                jax.random.key(0), draw(0, *SHAPE), **call
-            )
+def test_axis_index_groups_are_refused(api, name, groups):
+    norm = as_function(APIS[api][0], name, axis_index_groups=groups)
+    with pytest.raises(NotImplementedError, match="axis_index_groups must be None"):
+        norm(draw_params(name), draw(0, *SHAPE))
+
+
+@pytest.mark.parametrize("axes", AXES)
+@for_all
+def test_axes_are_flaxs(api, name, axes):
+    reduction, features = AXES[axes]
+    x = draw(0, 4, 6, FEATURES)
+    listed = features if isinstance(features, tuple) else (features,)
+    shape = tuple(x.shape[axis] for axis in listed)
+    if api == "nnx":
+        shape = (int(np.prod(shape)),)
+    params = {key: draw(i, *shape) for i, key in enumerate(draw_params(name))}
+    options = {"reduction_axes": reduction, "feature_axes": features}
+    ours, flaxs = (
+        forward_and_gradients(norm, params, x)[0]
+        for norm in as_functions(api, name, **options)
+    )
+    assert_agree(ours, flaxs)
+
+
+def test_linen_params_are_in_the_order_of_feature_axes():
+    x = draw(0, 4, 6, FEATURES)
+    norm = jln.linen.LayerNorm(reduction_axes=(1, 2), feature_axes=(2, 1))
+    variables = norm.init(jax.random.key(0), x)
+    assert variables["params"]["scale"].shape == (FEATURES, 6)
+    scale = draw(1, FEATURES, 6)
+    y = norm.apply({"params": {"scale": scale, "bias": 0 * scale}}, x)
+    assert_agree(y, jln.layer_norm({"scale": scale.T}, x, axis=(1, 2)))
+
+
+@pytest.mark.parametrize("kind", (bool, np.int32), ids=("booleans", "integers"))
+@for_all
+def test_where_the_mask_is_true_values_are_flaxs_and_elsewhere_0(api, name, kind):
+    x, params = draw(0, *SHAPE), draw_params(name)
+    mask = np.random.default_rng(1).random(SHAPE) > 0.3
+    ours, flaxs = as_functions(api, name)
+    y = ours(params, jnp.where(mask, x, jnp.nan), mask=mask.astype(kind))
+    want = flaxs(params, x, mask=mask)
+    assert_agree(y, jnp.where(mask, want, 0))
+    assert_equal(ours(params, jnp.where(mask, x, 7), mask=mask), y)
+
+
+@for_all
+def test_over_a_mapped_axis_values_and_gradients_are_flaxs(api, name):
+    x, params = draw(0, ROWS, 4, FEATURES), draw_params(name)
+    ours, flaxs = (
+        forward_and_gradients(
+            jax.vmap(norm, (None, 1), 1, axis_name="parts"), params, x
+        )[0]
+        for norm in as_functions(api, name, axis_name="parts")
+    )
+    assert_agree(ours, flaxs)
 
 
 @for_all

@@ -1,4 +1,4 @@
-"""The norm comes through every transformation with the values of plain `jax.numpy`."""
+"""Norms come through every transformation with the values of plain `jax.numpy`."""
 
 import functools
 
@@ -7,47 +7,122 @@ import jax.numpy as jnp
 import numpy as np
 import program_cases  # noqa: F401  adds its cases to the tables
 import pytest
-from transform_cases import CASES, FORWARD_MODE
+from transform_cases import CASES, FEATURES, FORWARD_MODE
 
 import jax_layernorm as jln
+from jax_layernorm._kernels import KERNELS
 
 pytestmark = pytest.mark.usefixtures("x64", "quick_compilation")
 
 REVERSE_MODE = sorted(set(CASES) - FORWARD_MODE)
+MASK = np.arange(FEATURES) % 3 != 1
 
 
-def plain_norm(params, x):
-    c = x - jnp.mean(x, -1, keepdims=True)
-    rstd = jax.lax.rsqrt(jnp.mean(c * c, -1, keepdims=True) + 1e-6)
-    return c * rstd * params["scale"] + params["bias"]
+def plain_norm(params, x, *, axes=(-1,), center=True, mask=None):
+    """`y`, mean and rstd, as JAX users write them; JAX differentiates this."""
+    take = jnp.ones(x.shape, bool) if mask is None else jnp.broadcast_to(mask, x.shape)
+    count = jnp.sum(take, axes, keepdims=True)
+    kept = jnp.where(take, x, 0)
+    mean = jnp.sum(kept, axes, keepdims=True) / count if center else 0.0
+    c = jnp.where(take, kept - mean, 0)
+    rstd = jax.lax.rsqrt(jnp.sum(c * c, axes, keepdims=True) / count + 1e-6)
+    return jnp.where(take, c * rstd * params["scale"] + params["bias"], 0), mean, rstd
+
+
+# Each variant: `norm(params, x)` of ours, with options, and of plain jax.numpy.
+
+
+def layer_norm(params, x, **options):
+    return jln.layer_norm(params, x, **options)
+
+
+def plain_layer_norm(params, x):
+    return plain_norm(params, x)[0]
+
+
+def masked_rms_norm(params, x, **options):
+    return jln.rms_norm(params, x, mask=MASK, **options)
+
+
+def plain_masked_rms_norm(params, x):
+    return plain_norm(params, x, center=False, mask=MASK)[0]
+
+
+def all_together(params, x, **options):
+    """An added norm over two axes in another order, masked, with its statistics."""
+    shape = x.shape[-2:]
+    params = jax.tree.map(lambda p: jnp.broadcast_to(p, shape).T, params)
+    y, total, (mean, rstd) = jln.add_layer_norm(
+        params,
+        x,
+        jnp.sin(x),
+        axis=(-1, -2),
+        mask=MASK,
+        return_statistics=True,
+        **options,
+    )
+    return y * jnp.cos(mean) + rstd * total
+
+
+def plain_all_together(params, x):
+    total = jnp.sin(x) + x
+    y, mean, rstd = plain_norm(params, total, axes=(-2, -1), mask=MASK)
+    return y * jnp.cos(mean) + rstd * total
+
+
+def adaptive_bfloat16(params, x, **options):
+    """bfloat16, with parameters that broadcast against `x`."""
+    params = jax.tree.map(lambda p: p * jnp.ones_like(x[..., :1]), params)
+    return jln.layer_norm(params, x.astype(jnp.bfloat16), dtype="float64", **options)
+
+
+def plain_adaptive_bfloat16(params, x):
+    rounded = x.astype(jnp.bfloat16).astype(x.dtype)
+    return plain_norm(params, rounded)[0]
+
+
+VARIANTS = {
+    "layer norm": (layer_norm, plain_layer_norm, 1e-9),
+    "masked RMS norm": (masked_rms_norm, plain_masked_rms_norm, 1e-9),
+    "all together": (all_together, plain_all_together, 1e-9),
+    # dx is rounded to bfloat16; in a third derivative, three times over
+    "adaptive bfloat16": (adaptive_bfloat16, plain_adaptive_bfloat16, 6e-2),
+}
 
 
 @functools.cache
-def expected(name):
-    return CASES[name](plain_norm)
+def expected(variant, name):
+    return CASES[name](VARIANTS[variant][1])
 
 
-def assert_same(name, norm):
-    actual = CASES[name](norm)
-    assert jax.tree.structure(actual) == jax.tree.structure(expected(name))
-    for a, b in zip(*map(jax.tree.leaves, (actual, expected(name))), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-9)
+def assert_same(variant, name, **options):
+    norm, _, tolerance = VARIANTS[variant]
+    actual = CASES[name](lambda params, x: norm(params, x, **options))
+    right = expected(variant, name)
+    assert jax.tree.structure(actual) == jax.tree.structure(right)
+    size = 1 + max(np.max(np.abs(a), initial=0) for a in jax.tree.leaves(right))
+    for a, b in zip(*map(jax.tree.leaves, (actual, right)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * size)
 
 
+@pytest.mark.parametrize("implementation", KERNELS)
 @pytest.mark.parametrize("name", REVERSE_MODE)
-def test_reverse_mode_works_with_the_defaults(name):
-    assert_same(name, lambda params, x: jln.layer_norm(params, x))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_reverse_mode_works(variant, name, implementation):
+    # What is named runs or raises; the default is the first of these that can run.
+    assert_same(variant, name, implementation=implementation)
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
-def test_everything_works_with_custom_vjp_false(name):
-    assert_same(name, lambda params, x: jln.layer_norm(params, x, custom_vjp=False))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_everything_works_with_custom_vjp_false(variant, name):
+    assert_same(variant, name, custom_vjp=False)
 
 
 @pytest.mark.parametrize("name", sorted(FORWARD_MODE))
 def test_forward_mode_with_the_defaults_raises_rather_than_return_a_number(name):
     with pytest.raises(Exception, match=r"custom_vjp|custom_lin|trace|Tracer") as error:
-        CASES[name](lambda params, x: jln.layer_norm(params, x))
+        CASES[name](layer_norm)
     assert not isinstance(error.value, AssertionError)
 
 

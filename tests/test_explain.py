@@ -1,0 +1,97 @@
+"""`explain` tells what is decided at lowering, and `python -m jax_layernorm` prints it."""
+
+import functools
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from test_kernel_op import kernel, x  # noqa: F401  fixtures
+
+import jax_layernorm as jln
+
+PLATFORMS = ["cpu", "cuda", "rocm", "tpu"]
+
+
+def test_xla_runs_everywhere_in_this_version():
+    explanation = jln.explain(jln.init_params(8), jnp.ones((2, 8)))
+    assert list(explanation) == PLATFORMS
+    for choice in explanation.values():
+        assert choice.implementation == "xla"
+        assert choice.reasons["pallas_tpu"] == "it is not part of this version"
+
+
+@pytest.mark.usefixtures("kernel")
+def test_a_kernel_is_named_where_it_runs_and_its_reason_given_where_not(x):  # noqa: F811
+    explanation = jln.explain({}, x)
+    assert explanation["cpu"].implementation == "marking"
+    assert "another one is preferred" in explanation["cpu"].reasons["xla"]
+    assert explanation["tpu"].implementation == "xla"
+    assert explanation["tpu"].reasons["marking"] == "it is for CPUs"
+    assert "not marking: it is for CPUs" in str(explanation)
+    narrow = jln.explain({}, x[:, :8])["cpu"]
+    assert narrow.reasons["marking"] == "features must be 16"
+
+
+@pytest.mark.usefixtures("kernel")
+def test_one_that_is_asked_for_by_name_and_cannot_run_is_told(x):  # noqa: F811
+    explanation = jln.explain({}, x, implementation="marking")
+    assert explanation["cpu"].implementation == "marking"
+    assert explanation["tpu"].implementation is None
+    assert "tpu   none: it raises" in str(explanation)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_placement_is_part_of_the_explanation(x):  # noqa: F811
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    split = jax.device_put(x, NamedSharding(mesh, P("data")))
+    choice = jln.explain({}, split)["cpu"]
+    assert choice.implementation == "xla"
+    assert "cannot be partitioned" in choice.reasons["marking"]
+
+
+@pytest.mark.usefixtures("kernel")
+def test_what_runs_the_equations_themselves_says_so(x):  # noqa: F811
+    choice = jln.explain({}, x, custom_vjp=False)["cpu"]
+    assert choice.implementation == "xla"
+    assert "custom_vjp=False" in choice.reasons["marking"]
+    choices = []
+
+    def inside(x):
+        choices.append(jln.explain({}, x, axis_name="i")["cpu"])
+        return x
+
+    jax.vmap(inside, axis_name="i")(x)
+    assert choices[0].implementation == "xla"
+    assert "axis_name" in choices[0].reasons["marking"]
+
+
+@pytest.mark.parametrize(
+    "function", (jln.layer_norm, jln.rms_norm, jln.add_layer_norm, jln.add_rms_norm)
+)
+def test_all_functions_and_arguments_can_be_explained(function):
+    x = jax.ShapeDtypeStruct((4, 6, 8), "bfloat16")
+    residual = (x,) if "add" in function.__name__ else ()
+    scale = {"scale": jax.ShapeDtypeStruct((6, 4), "float32")}
+    explain = functools.partial(jln.explain, scale, x, *residual, function=function)
+    mask = jnp.ones((6, 8), bool)
+    choice = explain(axis=(1, 0), mask=mask, return_statistics=True)["tpu"]
+    assert choice.implementation == "xla"
+    with pytest.raises(ValueError, match="axis must lie between"):
+        explain(axis=5)
+
+
+def test_nothing_is_computed():
+    x = jax.ShapeDtypeStruct((2**20, 2**20), "float32")  # four terabytes
+    assert jln.explain({}, x)["cpu"].implementation == "xla"
+
+
+def test_the_command_prints_versions_devices_and_the_choices():
+    command = [sys.executable, "-m", "jax_layernorm"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert f"jax {jax.__version__}" in printed
+    assert "cpu device(s)" in printed
+    assert printed.count("tpu   xla") == 5
