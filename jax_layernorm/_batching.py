@@ -40,7 +40,7 @@ def fold_backward(operands: Any, dims: Any, static: dict[str, Any]) -> Folded | 
 
     def finish(out: Backward) -> Backward:
         dscale, dbias = (
-            None if shape is None else gradient.reshape(size, *shape)
+            None if gradient is None else gradient.reshape(size, *shape)
             for gradient, shape in zip(out[1:], shapes.values(), strict=True)
         )
         return Backward(out.dx, dscale, dbias)

@@ -110,8 +110,8 @@ class Forward(NamedTuple):
 
 class Backward(NamedTuple):
     dx: Float[Array, "*shape"]
-    dscale: Float[Array, "..."] | None
-    dbias: Float[Array, "..."] | None
+    dscale: Float[Array, ...] | None
+    dbias: Float[Array, ...] | None
 
 
 def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
@@ -122,9 +122,9 @@ def compute_dtype(dtype: jnp.dtype) -> jnp.dtype:
 def forward(
     x: Float[Array, "*shape"],
     residual: Float[Array, "*shape"] | None,
-    scale: Float[Array, "..."] | None,
-    bias: Float[Array, "..."] | None,
-    mask: Bool[Array, "..."] | None,
+    scale: Float[Array, ...] | None,
+    bias: Float[Array, ...] | None,
+    mask: Bool[Array, ...] | None,
     *,
     spec: NormSpec,
     with_moments: bool,
@@ -171,8 +171,8 @@ def forward(
 
 def backward(
     x: Float[Array, "*shape"],
-    scale: Float[Array, "..."] | None,
-    mask: Bool[Array, "..."] | None,
+    scale: Float[Array, ...] | None,
+    mask: Bool[Array, ...] | None,
     moments: Moments,
     dy: Float[Array, "*shape"],
     dtotal: Float[Array, "*shape"] | None,
@@ -234,7 +234,7 @@ def backward(
     return Backward(dx.astype(x.dtype), dscale, dbias)
 
 
-def _keep(mask: Bool[Array, "..."] | None, ndim: int) -> Callable[[Array], Array]:
+def _keep(mask: Bool[Array, ...] | None, ndim: int) -> Callable[[Array], Array]:
     """The function that sets to 0 what `mask` leaves out, NaN and inf too."""
     if mask is None:
         return lambda x: x
@@ -242,7 +242,7 @@ def _keep(mask: Bool[Array, "..."] | None, ndim: int) -> Callable[[Array], Array
     return lambda x: jnp.where(full, x, 0)
 
 
-def _count(x: Array, mask: Bool[Array, "..."] | None, axes: tuple[int, ...]) -> Any:
+def _count(x: Array, mask: Bool[Array, ...] | None, axes: tuple[int, ...]) -> Any:
     """Elements in a row that take part: a number, or an array under a mask."""
     dtype = compute_dtype(x.dtype)
     if mask is None:
@@ -290,7 +290,9 @@ def _merge(
     variance. Without a mean (RMS norm) the first three are None.
     """
     counted = isinstance(count, jax.Array)
-    own = [square] if mean is None else [square, mean, mean_low]
+    own = [square]
+    if mean is not None and mean_low is not None:
+        own += [mean, mean_low]
     if counted:
         own.append(jnp.broadcast_to(count, square.shape))
     parts = jnp.stack(own)
@@ -300,7 +302,7 @@ def _merge(
     squares = parts[:, 0]
     counts = parts[:, -1] if counted else jnp.full_like(squares, count)
     n = _at_least_one(jnp.sum(counts, 0))
-    if mean is None:
+    if mean is None or mean_low is None:
         return None, None, None, _mapped(jnp.sum(squares, 0) / n, axis_names)
     # Relative to one part's mean: differences of means are exact where the means are
     # close, and where they are not the variance is large.
@@ -356,8 +358,8 @@ def _add(
 
 
 def _gamma(
-    scale: Float[Array, "..."], spec: NormSpec, *, like: Array
-) -> Float[Array, "..."]:
+    scale: Float[Array, ...], spec: NormSpec, *, like: Array
+) -> Float[Array, ...]:
     gamma = scale.astype(like.dtype)
     if spec.scale_offset:
         gamma = gamma + spec.scale_offset

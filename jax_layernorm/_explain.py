@@ -130,8 +130,8 @@ def _choice(traced: Any, platform: str) -> Choice:
             name: reason or "another one is preferred, or was asked for"
             for name, reason in decision.reasons.items()
         }
-    chosen = list(dict.fromkeys(decision.chosen for decision in decisions))
-    if None in chosen:
+    chosen = {d.chosen: None for d in decisions if d.chosen is not None}
+    if any(decision.chosen is None for decision in decisions):
         return Choice(None, reasons)
     for name in chosen:
         del reasons[name]

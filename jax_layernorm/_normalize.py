@@ -48,9 +48,9 @@ def normalize(
 
 
 def _on_each_device(
-    spec: NormSpec, *operands: Array | None, custom_vjp: bool
+    spec: NormSpec, *given: Array | None, custom_vjp: bool
 ) -> Normalized:
-    operands = _sharding.equally_varying(operands)
+    operands = _sharding.equally_varying(given)
     if custom_vjp:
         return _normalize(spec, *operands)
     out = _equations.forward(*operands, spec=spec, with_moments=spec.return_statistics)

@@ -60,19 +60,26 @@ def over_split_rows(
     if not names:
         return run(spec, x, *others)
 
-    def specs_of(operand: Array | None) -> P | None:
-        if operand is None:
-            return None
+    def spec_of(operand: Array) -> P:
         own = zip(parts[x.ndim - operand.ndim :], operand.shape, strict=True)
         return P(*(None if n == 1 else part for part, n in own))
 
     operands = (x, *others)
-    in_specs = tuple(map(specs_of, operands))
-    operands = [
-        None if operand is None else reshard(operand, NamedSharding(mesh, in_spec))
-        for operand, in_spec in zip(operands, in_specs, strict=True)
-    ]
-    a_row = P(*(None if i - x.ndim in spec.axes else p for i, p in enumerate(parts)))
+    in_specs = jax.tree.map(spec_of, operands)
+    operands = jax.tree.map(
+        lambda operand, own: reshard(operand, NamedSharding(mesh, own)),
+        operands,
+        in_specs,
+    )
+    whole: Any = P(*parts)  # specs, in the places of the arrays they are of
+    a_row: Any = P(
+        *(None if i - x.ndim in spec.axes else p for i, p in enumerate(parts))
+    )
+    out_specs = Normalized(
+        y=whole,
+        total=None if others[0] is None else whole,
+        statistics=Statistics(a_row, a_row) if spec.return_statistics else None,
+    )
     # The statistics are the same on all devices of a row, which check_vma would not see.
     return jax.shard_map(
         functools.partial(
@@ -80,11 +87,7 @@ def over_split_rows(
         ),
         mesh=mesh,
         in_specs=in_specs,
-        out_specs=Normalized(
-            y=P(*parts),
-            total=None if others[0] is None else P(*parts),
-            statistics=Statistics(a_row, a_row) if spec.return_statistics else None,
-        ),
+        out_specs=out_specs,
         axis_names=set(explicit(range(x.ndim))),
         check_vma=False,
     )(*operands)

@@ -73,10 +73,10 @@ def test_what_runs_the_equations_themselves_says_so(x):  # noqa: F811
     "function", (jln.layer_norm, jln.rms_norm, jln.add_layer_norm, jln.add_rms_norm)
 )
 def test_all_functions_and_arguments_can_be_explained(function):
-    x = jax.ShapeDtypeStruct((4, 6, 8), "bfloat16")
-    residual = (x,) if "add" in function.__name__ else ()
+    shape = jax.ShapeDtypeStruct((4, 6, 8), "bfloat16")
+    residual = (shape,) if "add" in function.__name__ else ()
     scale = {"scale": jax.ShapeDtypeStruct((6, 4), "float32")}
-    explain = functools.partial(jln.explain, scale, x, *residual, function=function)
+    explain = functools.partial(jln.explain, scale, shape, *residual, function=function)
     mask = jnp.ones((6, 8), bool)
     choice = explain(axis=(1, 0), mask=mask, return_statistics=True)["tpu"]
     assert choice.implementation == "xla"
@@ -85,8 +85,8 @@ def test_all_functions_and_arguments_can_be_explained(function):
 
 
 def test_nothing_is_computed():
-    x = jax.ShapeDtypeStruct((2**20, 2**20), "float32")  # four terabytes
-    assert jln.explain({}, x)["cpu"].implementation == "xla"
+    shape = jax.ShapeDtypeStruct((2**20, 2**20), "float32")  # four terabytes
+    assert jln.explain({}, shape)["cpu"].implementation == "xla"
 
 
 def test_the_command_prints_versions_devices_and_the_choices():
