@@ -249,7 +249,7 @@ def _count(x: Array, mask: Bool[Array, ...] | None, axes: tuple[int, ...]) -> An
         return math.prod(x.shape[axis] for axis in axes)
     full = _broadcastable(mask, x.ndim)
     repeats = math.prod(x.shape[axis] for axis in axes if full.shape[axis] == 1)
-    return jnp.sum(full, axes, keepdims=True, dtype=dtype) * repeats
+    return jnp.sum(full, axes, keepdims=True, dtype=dtype) * _at_least_one(repeats)
 
 
 def _mean_for_subtraction(
@@ -268,7 +268,10 @@ def _mean_for_subtraction(
 
 def _at_least_one(count: Any) -> Any:
     """So that the mean of nothing is 0 and not NaN."""
-    return jnp.maximum(count, 1) if isinstance(count, jax.Array) else max(count, 1)
+    if isinstance(count, jax.Array):
+        return jnp.maximum(count, 1)
+    # A float, since JAX takes a Python integer for an int32, which ends at 2**31.
+    return float(max(count, 1)) if isinstance(count, int) else max(count, 1)
 
 
 def _two_sum(large: Array, small: Array) -> tuple[Array, Array]:
@@ -300,7 +303,7 @@ def _merge(
         parts = lax.all_gather(parts, name)
     parts = parts.reshape(-1, len(own), *square.shape)
     squares = parts[:, 0]
-    counts = parts[:, -1] if counted else jnp.full_like(squares, count)
+    counts = parts[:, -1] if counted else jnp.full_like(squares, _at_least_one(count))
     n = _at_least_one(jnp.sum(counts, 0))
     if mean is None or mean_low is None:
         return None, None, None, _mapped(jnp.sum(squares, 0) / n, axis_names)

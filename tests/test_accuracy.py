@@ -106,19 +106,6 @@ def test_one_outlier_of_1e15_does_not_spoil_dx():
     np.testing.assert_allclose(dx, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("value", (0.0, 0.1, 1 / 3, 12345.678))
-def test_a_constant_row_gives_the_bias_and_no_gradient_of_scale(value):
-    x = jnp.full((3, 1000), value)
-    scale, bias = jnp.full(1000, 2.0), jnp.linspace(-1.0, 1.0, 1000)
-    y, dx, dscale, _ = forward_and_gradients(
-        jln.layer_norm, x, scale, bias, jnp.ones((3, 1000))
-    )
-    np.testing.assert_allclose(y, jnp.stack([bias] * 3), rtol=0, atol=1e-6)
-    np.testing.assert_allclose(dscale, np.zeros(1000), rtol=0, atol=1e-6)
-    # dx is rstd = 1000 times the rounding of g - mean(g), which is 0 here.
-    np.testing.assert_allclose(dx, np.zeros((3, 1000)), rtol=0, atol=1e-3)
-
-
 @pytest.mark.parametrize("offset", OFFSETS)
 def test_dx_is_orthogonal_to_ones_and_to_x_hat(offset):
     x, scale, bias, dy = draw((64, 512), offset=offset)
@@ -127,53 +114,3 @@ def test_dx_is_orthogonal_to_ones_and_to_x_hat(offset):
     rounding = 512 * np.abs(dx).max() * np.finfo(np.float32).eps
     assert np.max(np.abs(dx.sum(-1))) < rounding
     assert np.max(np.abs((dx * x_hat).sum(-1))) < rounding
-
-
-@pytest.mark.parametrize("bad", (np.nan, np.inf, -np.inf))
-@pytest.mark.parametrize("function", (jln.layer_norm, jln.rms_norm))
-def test_nan_and_inf_stay_in_their_row(function, bad):
-    x, scale, bias, dy = draw((4, 64))
-    spoiled = x.at[2, 5].set(bad)
-    keep = np.array([0, 1, 3])
-    y, dx, *_ = forward_and_gradients(function, x, scale, bias, dy)
-    y_bad, dx_bad, *_ = forward_and_gradients(function, spoiled, scale, bias, dy)
-    assert np.isnan(y_bad[2]).any() and np.isnan(dx_bad[2]).any()
-    np.testing.assert_array_equal(y_bad[keep], y[keep])
-    np.testing.assert_array_equal(dx_bad[keep], dx[keep])
-
-
-@pytest.mark.parametrize("shape", ((0, 8), (3, 0, 8), (4, 0), (0,)), ids=str)
-@pytest.mark.parametrize("function", (jln.layer_norm, jln.rms_norm))
-def test_empty_arrays_give_empty_results_and_zero_gradients(function, shape):
-    x, scale, bias, dy = draw(shape)
-    y, dx, dscale, dbias = forward_and_gradients(function, x, scale, bias, dy)
-    assert y.shape == dx.shape == shape
-    np.testing.assert_array_equal(dscale, np.zeros(shape[-1]))
-    np.testing.assert_array_equal(dbias, np.zeros(shape[-1]))
-    _, (mean, rstd) = function({}, x, return_statistics=True)
-    assert np.isfinite(mean).all() and np.isfinite(rstd).all()
-
-
-@pytest.mark.parametrize("function", (jln.layer_norm, jln.rms_norm))
-def test_x_may_have_more_than_2_to_the_31_elements(function):
-    x = jax.ShapeDtypeStruct((2**21, 2**11), jnp.bfloat16)
-    params = jax.eval_shape(lambda: jln.init_params(2**11))
-
-    def gradients(params, x):
-        y, vjp = jax.vjp(function, params, x)
-        return vjp(y)
-
-    dparams, dx = jax.eval_shape(gradients, params, x)
-    assert dx.shape == x.shape and dparams["scale"].shape == (2**11,)
-    jax.jit(gradients).lower(params, x).compile()
-
-
-def test_the_same_inputs_give_the_same_bits_jitted_or_not():
-    x, scale, bias, dy = draw((257, 300), offset=3.0)
-    first = forward_and_gradients(jln.layer_norm, x, scale, bias, dy)
-    for _ in range(5):
-        again = forward_and_gradients(jln.layer_norm, x, scale, bias, dy)
-        for a, b in zip(first, again, strict=True):
-            np.testing.assert_array_equal(a, b)
-    eager = jln.layer_norm({"scale": scale, "bias": bias}, x)
-    np.testing.assert_array_equal(first[0], eager)

@@ -1,0 +1,118 @@
+"""Programs that a norm is part of, each a function and its abstract arguments.
+
+joint      forward and backward in one jit: `(params, x, dy) -> y, dx, dscale, dbias`
+forward, backward
+           the two as separate programs, what is saved passed from one to the other
+block      `out = h + relu(norm(h) @ W1) @ W2`, and the gradients of all of it
+layers     a scanned decoder: `LAYERS` pre-norm blocks of attention and of relu
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks.peers import Norm, forward_backward
+from benchmarks.shapes import Shape
+
+LAYERS = 4
+WIDEN = 4
+HEAD = 128
+
+
+class Program(NamedTuple):
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    """Arrays' shapes and dtypes."""
+
+
+def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def params_of(features: int, *leading: int) -> dict[str, jax.ShapeDtypeStruct]:
+    shape = (*leading, features)
+    return {name: abstract(shape, jnp.float32) for name in ("scale", "bias")}
+
+
+def joint(norm: Norm, shape: Shape, dtype: Any) -> Program:
+    x = abstract(shape, dtype)
+    return Program(forward_backward(norm), (params_of(shape.features), x, x))
+
+
+def forward(norm: Norm, shape: Shape, dtype: Any) -> Program:
+    """As it is under differentiation: what is saved is an output too."""
+
+    def run(params: Any, x: jax.Array) -> Any:
+        return jax.vjp(norm, params, x)
+
+    return Program(run, (params_of(shape.features), abstract(shape, dtype)))
+
+
+def backward(norm: Norm, shape: Shape, dtype: Any) -> Program:
+    def run(vjp: Any, dy: jax.Array) -> Any:
+        return vjp(dy)
+
+    before = forward(norm, shape, dtype)
+    y, vjp = jax.eval_shape(before.function, *before.arguments)
+    return Program(run, (vjp, abstract(y.shape, y.dtype)))
+
+
+def block(norm: Norm, shape: Shape, dtype: Any) -> Program:
+    features = shape.features
+
+    def run(params: Any, w1: Any, w2: Any, h: jax.Array, dout: jax.Array) -> Any:
+        def out(params: Any, w1: Any, w2: Any, h: jax.Array) -> jax.Array:
+            return h + jax.nn.relu(norm(params, h) @ w1) @ w2
+
+        value, vjp = jax.vjp(out, params, w1, w2, h)
+        return value, vjp(dout)
+
+    h = abstract(shape, dtype)
+    w1 = abstract((features, WIDEN * features), dtype)
+    w2 = abstract((WIDEN * features, features), dtype)
+    return Program(run, (params_of(features), w1, w2, h, h))
+
+
+def layers(norm: Norm, shape: Shape, dtype: Any) -> Program:
+    """Sequences of 1024; weights stacked along the layers."""
+    features, length = shape.features, 1024
+    batch, heads = shape.rows // length, features // HEAD
+
+    def layer(h: jax.Array, w: Any) -> tuple[jax.Array, None]:
+        a = norm(w["ln1"], h)
+        q, k, v = jnp.split(a @ w["qkv"], 3, -1)
+        q, k, v = (t.reshape(batch, length, heads, HEAD) for t in (q, k, v))
+        mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        h = h + mixed.reshape(h.shape) @ w["out"]
+        return h + jax.nn.relu(norm(w["ln2"], h) @ w["up"]) @ w["down"], None
+
+    def run(weights: Any, h: jax.Array, dout: jax.Array) -> Any:
+        def out(weights: Any, h: jax.Array) -> jax.Array:
+            return jax.lax.scan(layer, h, weights)[0]
+
+        value, vjp = jax.vjp(out, weights, h)
+        return value, vjp(dout)
+
+    h = abstract((batch, length, features), dtype)
+    weights = {
+        "ln1": params_of(features, LAYERS),
+        "ln2": params_of(features, LAYERS),
+        "qkv": abstract((LAYERS, features, 3 * features), dtype),
+        "out": abstract((LAYERS, features, features), dtype),
+        "up": abstract((LAYERS, features, WIDEN * features), dtype),
+        "down": abstract((LAYERS, WIDEN * features, features), dtype),
+    }
+    return Program(run, (weights, h, h))
+
+
+PROGRAMS = {
+    "joint": joint,
+    "forward": forward,
+    "backward": backward,
+    "block": block,
+    "layers": layers,
+}

@@ -1,0 +1,36 @@
+"""Shapes of norms in real models, `(rows, features)`, used by every benchmark."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Shape(NamedTuple):
+    rows: int
+    features: int
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.features}"
+
+
+SHAPES = {
+    "gpt2": Shape(4096, 768),  # GPT-2 small and BERT base: 4 sequences of 1024
+    "gpt3-6.7b": Shape(4096, 4096),
+    "bert-large": Shape(8192, 1024),
+    "pairs": Shape(32768, 128),  # AlphaFold's pair representation, attention heads
+    "decode": Shape(64, 768),  # one token each of 64 sequences
+    "large": Shape(8192, 4096),
+}
+
+
+def parse(text: str) -> Shape:
+    """A name in `SHAPES`, or rows x features as in `4096x768`."""
+    if text in SHAPES:
+        return SHAPES[text]
+    try:
+        rows, features = map(int, text.split("x"))
+    except ValueError:
+        raise ValueError(
+            f"a shape is one of {', '.join(SHAPES)}, or ROWSxFEATURES; got {text!r}."
+        ) from None
+    return Shape(rows, features)
