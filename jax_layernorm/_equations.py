@@ -158,7 +158,7 @@ def forward(
         )
         c = c if shift is None else keep(c + shift)
     else:
-        variance = square / _at_least_one(count)
+        variance = square * (1 / _at_least_one(count))
     rstd = fence(lax.rsqrt(variance + spec.epsilon))
     y = c * rstd
     if scale is not None:
@@ -214,17 +214,17 @@ def backward(
         sums["count"] = count
         sums = _psum(sums, rstd, spec.axis_names)
         count = sums["count"]
-    n = _at_least_one(count)
+    share = 1 / _at_least_one(count)
 
     along_x_hat = sums["g * x_hat"]
     if drstd is not None:
         along_x_hat = along_x_hat + rstd * sums["drstd"]
-    dx = g - x_hat * (along_x_hat / n)
+    dx = g - x_hat * (along_x_hat * share)
     if spec.center:
-        dx = dx - sums["g"] / n
+        dx = dx - sums["g"] * share
     dx = rstd * dx
     if dmean is not None:
-        dx = dx + sums["dmean"] / n
+        dx = dx + sums["dmean"] * share
     dx = keep(dx)
     if dtotal is not None:
         dx = dx + dtotal.astype(compute)
@@ -255,14 +255,13 @@ def _count(x: Array, mask: Bool[Array, ...] | None, axes: tuple[int, ...]) -> An
 def _mean_for_subtraction(
     x: Float[Array, "*shape"], count: Any, axes: tuple[int, ...]
 ) -> Float[Array, "*stats"]:
-    """The mean, as the very result of a sum or of a division.
+    """The mean, as the very result of a sum.
 
-    The product of a sum and 1/N would be computed again for each use, and as part of a
-    fused multiply-add where it is subtracted: in `x - mean` the mean would then not be
-    the one that is saved, and at a large mean the difference of the two matters.
+    A sum divided by N, which XLA turns into a product with 1/N, would be computed again
+    for each use, and as part of a fused multiply-add where it is subtracted: in `x - mean`
+    the mean would then not be the one that is saved, and at a large mean the difference
+    of the two matters.
     """
-    if isinstance(count, jax.Array):
-        return jnp.sum(x, axes, keepdims=True) / _at_least_one(count)
     return jnp.sum(x * (1 / _at_least_one(count)), axes, keepdims=True)
 
 

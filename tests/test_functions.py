@@ -44,7 +44,9 @@ def test_dtype_sets_that_of_y_with_one_rounding_at_the_end(dtype):
     )
 
 
-@pytest.mark.parametrize("given", ({}, {"scale"}, {"bias"}, {"scale", "bias"}), ids=str)
+@pytest.mark.parametrize(
+    "given", ((), ("scale",), ("bias",), ("scale", "bias")), ids=str
+)
 @pytest.mark.parametrize("function", NORMS)
 def test_parameters_left_out_or_none_play_no_part(function, given):
     x, dy = draw(6, 32), draw(6, 32, seed=1)
