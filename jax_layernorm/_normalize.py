@@ -163,6 +163,6 @@ _normalize.defvjp(_forward_rule, _backward_rule)
 def _public(out: _equations.Forward) -> Normalized:
     if out.moments is None:
         return Normalized(out.y, out.total, None)
-    rstd = out.moments.rstd
-    mean = jnp.zeros_like(rstd) if out.moments.mean is None else out.moments.mean
+    mean, mean_low, rstd = out.moments
+    mean = jnp.zeros_like(rstd) if mean is None or mean_low is None else mean + mean_low
     return Normalized(out.y, out.total, Statistics(mean, rstd))
