@@ -43,13 +43,11 @@ def normalize(
     is outside `jax.vmap`. Without `custom_vjp` JAX differentiates the equations, forward
     or reverse.
     """
-    run = functools.partial(_on_each_device, custom_vjp=custom_vjp)
-    return _sharding.over_split_rows(run, spec, x, residual, scale, bias, mask)
+    run = functools.partial(_run, custom_vjp=custom_vjp)
+    return _sharding.on_each_device(run, spec, x, residual, scale, bias, mask)
 
 
-def _on_each_device(
-    spec: NormSpec, *given: Array | None, custom_vjp: bool
-) -> Normalized:
+def _run(spec: NormSpec, *given: Array | None, custom_vjp: bool) -> Normalized:
     operands = _sharding.equally_varying(given)
     if custom_vjp:
         return _normalize(spec, *operands)
