@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jax_layernorm as jln
@@ -79,6 +79,7 @@ def tensor(array):
     features=st.integers(0, 9),
     prefix=st.sampled_from(["", "norm", "norm.", "a.b.c"]),
 )
+@settings(deadline=None)
 def test_what_goes_to_torch_comes_back(names, features, prefix):
     params = {name: jnp.arange(features) + 0.5 for name in names}
     there = jln.convert.to_torch(params, prefix)
