@@ -151,6 +151,13 @@ def test_nothing_is_shared_in_either_direction():
     assert given["scale"].tolist() == [1, 1, 1]
 
 
+def test_a_donated_source_leaves_the_parameters():
+    source = jnp.ones(3)
+    params = jln.convert.from_torch({"weight": source})
+    source.delete()  # as donation to a jitted function does
+    assert params["scale"].tolist() == [1, 1, 1]
+
+
 def test_float64_is_kept_or_refused_but_never_cut():
     state_dict = {"n.weight": np.full(3, 1 + 1e-12)}
     with pytest.raises(ValueError, match=r"state_dict\['n.weight'\].*jax_enable_x64"):
