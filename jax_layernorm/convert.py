@@ -1,0 +1,278 @@
+"""Parameters from torch and Hugging Face state dicts, and back.
+
+    torch                       here
+    weight, or gamma            scale
+    bias, or beta               bias
+
+Only the names differ: torch's `normalized_shape` is the shape of our parameters where
+`axis` is in ascending order, and a gain that is stored around zero (Gemma's) is stored
+so here too, for `scale_offset=1.0`. So no number changes, in either direction.
+
+torch and safetensors are used where a caller brings a tensor or a file, and are not
+needed otherwise.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import os
+import sys
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jax_layernorm._arguments import DTYPES, check_array, check_epsilon
+from jax_layernorm._functions import Params, layer_norm
+from jax_layernorm._safetensors import SafetensorsFile
+
+_SPELLINGS = {"scale": ("weight", "gamma"), "bias": ("bias", "beta")}
+_EPSILON: float = inspect.signature(layer_norm).parameters["epsilon"].default
+_BFLOAT16 = jnp.dtype(jnp.bfloat16)
+
+
+def from_torch(
+    state_dict: Mapping[str, Any] | str | os.PathLike[str],
+    prefix: str = "",
+    *,
+    epsilon: float | None = None,
+) -> dict[str, Array]:
+    """The parameters of one norm in a torch or Hugging Face state dict.
+
+    They go straight into `jln.layer_norm(params, x)` and its kin, and are the "params"
+    of `jln.linen.LayerNorm` and `RMSNorm`. Bits and dtype stay; nothing is shared with
+    `state_dict`, so torch may go on training.
+
+    Args:
+      state_dict: a mapping from names to torch tensors, NumPy or JAX arrays, of dtype
+        bfloat16, float16, float32 or float64; or the path of a safetensors file, of
+        which only this norm is read.
+      prefix: the name of the norm's module, as "encoder.layer.0.output.LayerNorm", with
+        or without a dot at its end. Under it lie `weight` (or `gamma`) and `bias` (or
+        `beta`), or one of them.
+      epsilon: what the parameters were trained with, to be reminded where it is not
+        the default here: torch's `LayerNorm` has 1e-5, BERT 1e-12.
+
+    Returns:
+      A dict with `scale` and `bias`, of the shape of torch's `normalized_shape`;
+      without the one that the norm does not have, as a `bias` in RMS norm.
+
+    Warns:
+      UserWarning: `epsilon` is not our default of 1e-6. The message says which keyword
+        to pass. The parameters are the same as without `epsilon`.
+
+    Raises:
+      KeyError: nothing lies under `prefix`; the message lists the nearest keys.
+      TypeError: `state_dict` is neither mapping nor path, or a value is no array of a
+        dtype that a norm can have.
+      ValueError: a scale and a bias of different shapes, one parameter in both
+        spellings, a batch norm, a float64 array without x64, a tensor without data, or
+        a file of another format.
+      ImportError: a path is given, and safetensors is not installed.
+
+    Example:
+      >>> import numpy as np
+      >>> import jax_layernorm as jln
+      >>> state_dict = {
+      ...     "encoder.norm.weight": np.array([1.0, 2.0], np.float32),
+      ...     "encoder.norm.bias": np.array([0.0, 0.5], np.float32),
+      ... }
+      >>> params = jln.convert.from_torch(state_dict, "encoder.norm")
+      >>> params["scale"]
+      Array([1., 2.], dtype=float32)
+      >>> print(jln.layer_norm(params, np.array([3.0, 7.0], np.float32), epsilon=1e-12))
+      [-1.   2.5]
+    """
+    if isinstance(state_dict, str | os.PathLike):
+        state_dict = SafetensorsFile(state_dict)
+    elif not isinstance(state_dict, Mapping):
+        raise TypeError(
+            "state_dict must be a mapping from names to arrays, or the path of a"
+            f" safetensors file; got {_type_name(state_dict)}. Of a torch module, pass"
+            " module.state_dict()."
+        )
+    prefix = _with_dot(prefix)
+    found = {name: _find(state_dict, prefix, name) for name in _SPELLINGS}
+    if not any(found.values()):
+        raise KeyError(_nothing_found(state_dict, prefix))
+    if f"{prefix}running_mean" in state_dict:
+        raise ValueError(
+            "state_dict must hold a layer norm or an RMS norm under the prefix; got a"
+            f" batch norm, for there is {prefix + 'running_mean'!r}. Its parameters"
+            " mean something else; give the prefix of another module."
+        )
+    arrays = {
+        name: _as_jax(f"state_dict[{key!r}]", state_dict[key])
+        for name, key in found.items()
+        if key is not None and state_dict[key] is not None
+    }
+    _check_shapes(arrays, "state_dict", found)
+    if epsilon is not None:
+        _warn_of(check_epsilon(epsilon))
+    return arrays
+
+
+def to_torch(params: Params, prefix: str = "") -> dict[str, np.ndarray]:
+    """The state dict of one norm, under torch's names, as NumPy arrays.
+
+    The inverse of `from_torch`, bit for bit. The arrays are copies. One of bfloat16 has
+    the dtype that `ml_dtypes`, and so JAX, gives NumPy, which torch does not know:
+
+        tensors = {
+            key: torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
+            for key, value in jln.convert.to_torch(params).items()
+        }
+
+    For the other dtypes `torch.from_numpy(value)` is enough, and
+    `safetensors.numpy.save_file` writes all of them.
+
+    Args:
+      params: a mapping with `scale`, `bias`, or one of them; missing or None: left out.
+      prefix: the name of the norm's module, with or without a dot at its end.
+
+    Returns:
+      A dict with `weight` and `bias` under `prefix`, for the `load_state_dict` of
+      torch's `LayerNorm` and `RMSNorm`.
+
+    Raises:
+      TypeError: `params` is no mapping, or a value is no array of a floating dtype.
+      ValueError: an unknown key in `params`, or a scale and a bias of different shapes.
+
+    Example:
+      >>> import jax_layernorm as jln
+      >>> jln.convert.to_torch(jln.init_params(2), "norm")
+      {'norm.weight': array([1., 1.], dtype=float32),
+       'norm.bias': array([0., 0.], dtype=float32)}
+    """
+    if not isinstance(params, Mapping):
+        raise TypeError(
+            "params must be a mapping with optional 'scale' and 'bias'; got"
+            f" {_type_name(params)}. Of a flax.nnx module, pass nnx.state(module)."
+        )
+    unknown = [key for key in params if key not in _SPELLINGS]
+    if unknown:
+        raise ValueError(
+            f"params may hold 'scale' and 'bias' and nothing else; got {unknown}. Pass"
+            " the parameters of one norm, and call once for each."
+        )
+    prefix = _with_dot(prefix)
+    arrays = {
+        name: _as_numpy(f"params[{name!r}]", params[name])
+        for name in _SPELLINGS
+        if params.get(name) is not None
+    }
+    _check_shapes(arrays, "params", {name: name for name in arrays})
+    return {prefix + _SPELLINGS[name][0]: array for name, array in arrays.items()}
+
+
+def _with_dot(prefix: Any) -> str:
+    if not isinstance(prefix, str):
+        raise TypeError(
+            f"prefix must be a string; got {prefix!r}. Give the name of the norm's"
+            " module, or '' where its parameters have no prefix."
+        )
+    return prefix if not prefix or prefix.endswith(".") else prefix + "."
+
+
+def _find(state_dict: Mapping[str, Any], prefix: str, name: str) -> str | None:
+    """The key of a parameter, in whichever spelling, or None."""
+    keys = [key for word in _SPELLINGS[name] if (key := prefix + word) in state_dict]
+    if len(keys) > 1:
+        raise ValueError(
+            f"state_dict must hold {name} in one spelling; got both {keys[0]!r} and"
+            f" {keys[1]!r}. Remove the one that is not the norm's."
+        )
+    return keys[0] if keys else None
+
+
+def _nothing_found(state_dict: Mapping[str, Any], prefix: str) -> str:
+    rule = (
+        f"state_dict must hold {prefix + 'weight'!r} (or gamma), {prefix + 'bias'!r} (or"
+        " beta), or both"
+    )
+    if not state_dict:
+        return f"{rule}; it is empty. Pass that of the model."
+    keys = list(map(str, state_dict))
+    norms = [key for key in keys if "norm" in key.lower() or "ln" in key.lower()]
+    near = difflib.get_close_matches(prefix + "weight", norms or keys, n=3, cutoff=0)
+    fix = "Give the name of the norm's module as prefix."
+    if prefix[:-1] in state_dict:
+        fix = f"Leave {prefix[:-1].rpartition('.')[2]!r} out of the prefix."
+    return (
+        f"{rule}; the nearest of its {len(state_dict)} keys are"
+        f" {', '.join(map(repr, near))}. {fix}"
+    )
+
+
+def _type_name(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def _check_shapes(
+    arrays: Mapping[str, Array | np.ndarray], where: str, keys: Mapping[str, str | None]
+) -> None:
+    if len(arrays) < 2 or arrays["scale"].shape == arrays["bias"].shape:
+        return
+    scale, bias = (f"{where}[{keys[name]!r}]" for name in ("scale", "bias"))
+    raise ValueError(
+        f"{bias} must have the shape of {scale}, {arrays['scale'].shape}; got"
+        f" {arrays['bias'].shape}. Is this a linear layer, and no norm?"
+    )
+
+
+def _warn_of(epsilon: float) -> None:
+    # A checkpoint's configuration may have kept 1e-6 in single precision.
+    if np.float32(epsilon) == np.float32(_EPSILON):
+        return
+    warnings.warn(
+        f"these parameters came with epsilon={epsilon!r}, and the default here is"
+        f" {_EPSILON!r}. Pass epsilon={epsilon!r} to what uses them, as in"
+        f" jln.layer_norm(params, x, epsilon={epsilon!r}) or"
+        f" jln.linen.LayerNorm(epsilon={epsilon!r}).",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+def _as_jax(name: str, value: Any) -> Array:
+    """A copy of a torch tensor, or of a NumPy or JAX array, on the default device."""
+    torch: Any = sys.modules.get("torch")  # who brings a tensor has imported it
+    if torch is not None and isinstance(value, torch.Tensor):
+        value = _of_tensor(name, value, torch)
+    is_float64 = isinstance(value, np.ndarray) and value.dtype == np.float64
+    if is_float64 and not jax.config.read("jax_enable_x64"):
+        raise ValueError(
+            f"{name} must not lose bits, and float64 needs 64-bit types, which are off;"
+            " got dtype float64. Turn them on with"
+            " jax.config.update('jax_enable_x64', True), or cast it to float32 first."
+        )
+    return jnp.array(check_array(name, value))
+
+
+def _as_numpy(name: str, value: Any) -> np.ndarray:
+    """A copy of a JAX or NumPy array, writable."""
+    array = check_array(name, value)
+    return np.array(value if isinstance(value, np.ndarray) else array)
+
+
+def _of_tensor(name: str, tensor: Any, torch: Any) -> np.ndarray:
+    """The data of a torch tensor; the memory is the tensor's."""
+    if tensor.is_meta:
+        raise ValueError(
+            f"{name} must hold data; got a tensor on torch's meta device, which has"
+            " none. Load the checkpoint into the model first."
+        )
+    if str(tensor.dtype).removeprefix("torch.") not in map(str, DTYPES):
+        raise TypeError(
+            f"{name} must be of dtype {', '.join(map(str, DTYPES))}; got {tensor.dtype}."
+            " Is this a norm's parameter? Quantized checkpoints keep those unquantized."
+        )
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:  # which NumPy has only through ml_dtypes
+        return tensor.view(torch.int16).numpy().view(_BFLOAT16)
+    return tensor.numpy()
