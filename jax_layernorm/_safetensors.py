@@ -8,12 +8,8 @@ from typing import Any
 
 import numpy as np
 
-_DTYPES = (
-    "BF16",
-    "F16",
-    "F32",
-    "F64",
-)  # as the format calls those that a norm can have
+# What the format calls the dtypes that a norm can have.
+_DTYPES = ("BF16", "F16", "F32", "F64")
 
 
 class SafetensorsFile(Mapping[str, np.ndarray]):
