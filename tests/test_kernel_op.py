@@ -118,6 +118,31 @@ def test_xla_runs_where_it_must_partition_and_the_kernel_inside_shard_map(x):
 
 
 @pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize(
+    "spec", (P("data"), P(None, "data"), P("data", "model")), ids=str
+)
+def test_under_explicit_axes_the_kernel_runs_unless_they_split_the_rows(x, spec):
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    params = {"scale": jnp.ones(16), "bias": jnp.zeros(16)}
+
+    def gradients(params, x):
+        y, pullback = jax.vjp(jln.layer_norm, params, x)
+        return y, *pullback(jnp.cos(x))
+
+    _, expected, _ = gradients(params, x)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(x, NamedSharding(mesh, spec))
+        params = jax.device_put(params, NamedSharding(mesh, P()))
+        y, dparams, dx = jax.jit(gradients)(params, split)
+    whole_rows = len(spec) == 1
+    assert ran(y) == ran(dx) == whole_rows
+    assert y.sharding.spec == P(*spec, *(None,) * (2 - len(spec)))
+    for key, gradient in expected.items():
+        assert dparams[key].sharding.spec == P(None)
+        np.testing.assert_allclose(dparams[key], gradient, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("kernel")
 def test_second_derivatives_and_batched_parameters_use_the_equations(x):
     def loss(x):
         return jnp.sum(jnp.sin(jln.layer_norm({}, x)))
