@@ -215,7 +215,7 @@ def backward(
         along_c = along_c - mean_low * sums["g"]
         c = keep(c - mean_low)
     # rstd is 0 where c * c has overflown, and then g * c may have, too.
-    sums["g * x_hat"] = jnp.where(rstd == 0, 0, rstd * along_c)
+    sums["g * x_hat"] = jnp.where(rstd == 0, rstd, rstd * along_c)
     x_hat = keep(c * rstd)
     if drstd is not None:
         sums["drstd"] = drstd

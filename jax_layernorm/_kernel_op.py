@@ -14,12 +14,14 @@ for ahead-of-time compilation and for export.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
+from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import PartitionSpec
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -55,6 +57,21 @@ class Folded(NamedTuple):
     """From what that use returns to results batched along their first axis."""
 
 
+class Share(NamedTuple):
+    """One device's share of an op, where a mesh with explicit axes splits it.
+
+    The last three are of the flat operands and results.
+    """
+
+    mesh: Any
+    operands: tuple[Any, ...]
+    static: dict[str, Any]
+    in_specs: Sequence[PartitionSpec]
+    out_specs: Sequence[PartitionSpec]
+    sums: Sequence[tuple[str, ...]]
+    """Of each result, the axes over which the devices' shares of it are summed."""
+
+
 class Select(Protocol):
     def __call__(self, problem: Problem) -> Callable[..., Any]:
         """The function to run for `problem`, with the signature of the reference."""
@@ -67,6 +84,7 @@ def kernel_op(
     select: Select,
     *,
     fold: Callable[..., Folded | None] = lambda operands, dims, static: None,
+    share: Callable[..., Share | None] = lambda operands, results, static: None,
 ) -> Callable[..., Any]:
     """Makes `op(*operands, **static)`, which computes `reference(*operands, **static)`.
 
@@ -78,6 +96,9 @@ def kernel_op(
       fold: called under `jax.vmap` with the operands, the position of the mapped axis in
         each (None: not mapped) and the static arguments; None where the batched op is
         not one use of the op, and the reference is to be batched instead.
+      share: called at lowering for a program on a mesh with explicit axes, with abstract
+        operands, the results as a list and the static arguments; None where the devices
+        cannot each compute a share of their own, and XLA is to partition the op.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
@@ -153,18 +174,32 @@ def kernel_op(
         return results, [0] * len(results)
 
     def lower(platform: str, ctx: Any, *args: Any, treedef: Any, static: Any) -> Any:
-        function = select(
-            Problem(
-                op=name,
-                operands=jax.tree.unflatten(treedef, ctx.avals_in),
-                static=dict(static),
-                platform=platform,
-                partitioned=_is_partitioned(ctx.module_context.axis_context),
-                exported=ctx.module_context.lowering_parameters.for_export,
-            )
+        problem = Problem(
+            op=name,
+            operands=jax.tree.unflatten(treedef, ctx.avals_in),
+            static=dict(static),
+            platform=platform,
+            partitioned=_is_partitioned(ctx.module_context.axis_context),
+            exported=ctx.module_context.lowering_parameters.for_export,
         )
-        rule = mlir.lower_fun(flat(function, treedef, static), multiple_results=True)
-        return rule(ctx, *args)
+        own = None
+        if _is_explicit(ctx.module_context.axis_context, ctx.avals_in):
+            own = share(problem.operands, ctx.avals_out, problem.static)
+        if own is None:
+            function = flat(select(problem), treedef, static)
+        else:
+            problem = problem._replace(
+                operands=own.operands, static=own.static, partitioned=False
+            )
+            run = flat(select(problem), treedef, tuple(own.static.items()))
+            function = jax.shard_map(
+                lambda *leaves: _summed(run(*leaves), own.sums),
+                mesh=own.mesh,
+                in_specs=own.in_specs,
+                out_specs=own.out_specs,
+                check_vma=False,
+            )
+        return mlir.lower_fun(function, multiple_results=True)(ctx, *args)
 
     primitive.def_impl(evaluate)
     primitive.def_abstract_eval(abstract_eval)
@@ -183,3 +218,23 @@ def _is_partitioned(axis_context: Any) -> bool:
     if isinstance(axis_context, mlir.SPMDAxisContext):  # inside shard_map
         return set(axis_context.manual_axes) != set(axis_context.mesh.axis_names)
     return getattr(axis_context, "num_devices", 1) != 1
+
+
+def _is_explicit(axis_context: Any, avals: Sequence[Any]) -> bool:
+    """Whether it will, and the types say how."""
+    inside = isinstance(axis_context, mlir.SPMDAxisContext)
+    explicit = any(aval.sharding.mesh.explicit_axes for aval in avals)
+    return explicit and not inside and _is_partitioned(axis_context)
+
+
+def _summed(results: list[Any], sums: Sequence[tuple[str, ...]]) -> list[Any]:
+    """Each result, summed over its axes; all that have the same ones at once."""
+    together: dict[tuple[str, ...], list[int]] = {}
+    for i, axes in enumerate(sums):
+        if axes:
+            together.setdefault(axes, []).append(i)
+    for axes, places in together.items():
+        whole = lax.psum([results[i] for i in places], axes)
+        for i, result in zip(places, whole, strict=True):
+            results[i] = result
+    return results

@@ -18,10 +18,18 @@ from jax_layernorm._kernels import select
 from jax_layernorm._results import Normalized, Statistics
 
 forward_op = kernel_op(
-    "layer_norm_forward", _equations.forward, select, fold=_batching.fold_forward
+    "layer_norm_forward",
+    _equations.forward,
+    select,
+    fold=_batching.fold_forward,
+    share=_sharding.share_of_each_device,
 )
 backward_op = kernel_op(
-    "layer_norm_backward", _equations.backward, select, fold=_batching.fold_backward
+    "layer_norm_backward",
+    _equations.backward,
+    select,
+    fold=_batching.fold_backward,
+    share=_sharding.share_of_each_device,
 )
 
 
@@ -44,7 +52,7 @@ def normalize(
     or reverse.
     """
     run = functools.partial(_run, custom_vjp=custom_vjp)
-    return _sharding.on_each_device(run, spec, x, residual, scale, bias, mask)
+    return _sharding.over_split_rows(run, spec, x, residual, scale, bias, mask)
 
 
 def _run(spec: NormSpec, *given: Array | None, custom_vjp: bool) -> Normalized:

@@ -1,4 +1,4 @@
-"""Placement that is known while tracing: manual mesh axes, and explicit ones."""
+"""Placement that types show: over manual mesh axes, and over explicit ones."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
 from jax_layernorm._equations import NormSpec
+from jax_layernorm._kernel_op import Share
 from jax_layernorm._results import Normalized, Statistics
 
 
@@ -37,29 +38,27 @@ def equally_varying(operands: Sequence[Array | None]) -> list[Any]:
     ]
 
 
-def on_each_device(
+def over_split_rows(
     run: Callable[..., Normalized],
     spec: NormSpec,
     x: Array,
     *others: Array | None,
 ) -> Normalized:
-    """`run(spec, x, *others)`; in a `shard_map` where explicit mesh axes split `x`.
+    """`run(spec, x, *others)`; on each device where explicit mesh axes split the rows.
 
-    There each device runs a kernel on rows of its own, which the partitioner could not
-    split. Where the axes split the rows themselves, `run` gets them as `axis_names`, and
-    merges the statistics of the parts in one collective, where the partitioner would
-    need one for each of three sums.
+    There `run` gets those axes as `axis_names`, and merges the statistics of the parts
+    in one collective, where the partitioner would need one for each of three sums.
     """
     sharding = jax.typeof(x).sharding
     mesh = sharding.mesh
     parts = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
 
     def explicit(axes: Iterable[int]) -> tuple[str, ...]:
-        split_over = (name for axis in axes for name in _as_tuple(parts[axis]))
+        split_over = _names(parts[axis] for axis in axes)
         return tuple(name for name in split_over if name in mesh.explicit_axes)
 
-    splitting_x, splitting_rows = explicit(range(x.ndim)), explicit(sorted(spec.axes))
-    if not splitting_x:
+    names = explicit(sorted(spec.axes))
+    if not names:
         return run(spec, x, *others)
 
     def spec_of(operand: Array) -> P:
@@ -82,18 +81,67 @@ def on_each_device(
         total=None if others[0] is None else whole,
         statistics=Statistics(a_row, a_row) if spec.return_statistics else None,
     )
-    spec = dataclasses.replace(spec, axis_names=(*spec.axis_names, *splitting_rows))
-    # Statistics merged over a row's devices are the same on all, which `check_vma` would
-    # not see. Without it, parameters' gradients are summed over every axis named here.
+    # The statistics are the same on all devices of a row, which check_vma would not see.
     return jax.shard_map(
-        functools.partial(run, spec),
+        functools.partial(
+            run, dataclasses.replace(spec, axis_names=(*spec.axis_names, *names))
+        ),
         mesh=mesh,
         in_specs=in_specs,
         out_specs=out_specs,
-        axis_names=set(splitting_x if splitting_rows else mesh.explicit_axes),
-        check_vma=not splitting_rows,
+        axis_names=set(explicit(range(x.ndim))),
+        check_vma=False,
     )(*operands)
 
 
-def _as_tuple(part: Any) -> tuple[str, ...]:
-    return () if part is None else part if isinstance(part, tuple) else (part,)
+def share_of_each_device(
+    operands: Any, results: Sequence[Any], static: dict[str, Any]
+) -> Share | None:
+    """One device's share of an op under explicit mesh axes that split only the rows.
+
+    A result that lacks an axis over which `x` is split is a sum over that axis: the
+    parameters' gradients.
+    """
+    x = operands[0]
+    mesh = x.sharding.mesh
+    parts = [*x.sharding.spec, *[None] * (x.ndim - len(x.sharding.spec))]
+
+    def along_x(shape: Sequence[int]) -> P:
+        own = zip(parts[x.ndim - len(shape) :], shape, strict=True)
+        return P(*(None if n == 1 else part for part, n in own))
+
+    def local_shape(shape: Sequence[int]) -> tuple[int, ...]:
+        return NamedSharding(mesh, along_x(shape)).shard_shape(tuple(shape))
+
+    leaves = jax.tree.leaves(operands)
+    if (
+        set(mesh.explicit_axes) != set(mesh.axis_names)
+        or any(parts[axis] is not None for axis in static["spec"].axes)
+        or any(a.sharding.spec != along_x(a.shape) for a in (*leaves, *results))
+    ):
+        return None
+    shapes = {
+        key: local_shape(static[key])
+        for key in ("scale_shape", "bias_shape")
+        if static.get(key) is not None
+    }
+    out_specs = [along_x(a.shape) for a in results]
+    return Share(
+        mesh=mesh,
+        operands=jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(local_shape(a.shape), a.dtype), operands
+        ),
+        static=static | shapes,
+        in_specs=tuple(along_x(a.shape) for a in leaves),
+        out_specs=out_specs,
+        sums=[
+            tuple(name for name in _names(parts) if name not in _names(spec))
+            for spec in out_specs
+        ],
+    )
+
+
+def _names(spec: Iterable[Any]) -> tuple[str, ...]:
+    """The mesh axes that a spec names."""
+    parts = (part if isinstance(part, tuple) else (part,) for part in spec)
+    return tuple(name for part in parts for name in part if name is not None)

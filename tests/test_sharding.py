@@ -213,6 +213,27 @@ def test_replicated_parameters_get_replicated_gradients(given):
     assert_same(jax.tree.map(np.asarray, actual), expected)
 
 
+@pytest.mark.parametrize(
+    "spec",
+    (P("data"), P(None, "model"), P("data", "model"), P(None, None, "model")),
+    ids=str,
+)
+def test_vmap_over_an_explicit_axis(spec):
+    params, _ = data(jln.layer_norm)
+    x = draw(4, 8, FEATURES, seed=2)
+
+    def per_example(params, x):
+        y, pullback = jax.vjp(jln.layer_norm, params, x)
+        return y, pullback(jnp.cos(x))
+
+    over_examples = jax.jit(jax.vmap(per_example, (None, 0)))
+    expected = jax.tree.map(np.asarray, over_examples(params, x))
+    mesh = mesh_of(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        split = jax.device_put(x, NamedSharding(mesh, spec))
+        assert_same(jax.tree.map(np.asarray, over_examples(params, split)), expected)
+
+
 @pytest.mark.parametrize("order", (1, 2))
 def test_higher_derivatives_with_explicit_axes(order):
     x = data(jln.layer_norm)[1][:2, :2, :8]
