@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jax_layernorm import _arguments, _functions
 
-Axes = int | Iterable[int]
+Axes = int | Sequence[int]
 
 
 @dataclasses.dataclass

@@ -195,7 +195,7 @@ def _intercept(
     next_fun: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    context: nn.module.InterceptorContext,
+    context: Any,
 ) -> Any:
     if context.orig_method.func not in _FLAXS_CALLS:
         return next_fun(*args, **kwargs)
@@ -234,7 +234,7 @@ def _intercept(
 def _intercepted(
     interceptor: Callable[..., Any],
     call: Callable[..., Any],
-    context: nn.module.InterceptorContext,
+    context: Any,
 ) -> Callable[..., Any]:
     return lambda *args, **kwargs: interceptor(call, args, kwargs, context)
 

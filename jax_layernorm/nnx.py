@@ -332,7 +332,7 @@ def _ours(kind: type) -> type:
 
 def _call(
     module: LayerNorm | RMSNorm,
-    flaxs: type[nnx.LayerNorm | nnx.RMSNorm],
+    flaxs: Any,
     names: tuple[str, ...],
     x: ArrayLike,
     mask: ArrayLike | None,
