@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.linen.dtypes import canonicalize_dtype
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
@@ -14,6 +17,25 @@ from jax.typing import ArrayLike, DTypeLike
 from jax_layernorm import _arguments, _functions
 
 Axes = int | Sequence[int]
+
+
+@dataclasses.dataclass
+class Report:
+    """Which of a model's Flax norms this package computes, and which stay Flax's.
+
+    Attributes:
+      replaced: the norms computed here: their paths, and the names of their classes.
+      left: the norms, or calls of them, that stay Flax's: their paths, and why.
+    """
+
+    replaced: dict[str, str] = dataclasses.field(default_factory=dict)
+    left: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """One line for each norm."""
+        lines = [f"replaced  {path}: {kind}" for path, kind in self.replaced.items()]
+        lines += [f"left      {path}: {reason}" for path, reason in self.left.items()]
+        return "\n".join(lines) or "no norms"
 
 
 def apply_norm(
@@ -44,7 +66,8 @@ def apply_norm(
     axis, params = _aligned(params, x, reduction_axes, feature_axes)
     if mask is not None:
         mask = jnp.asarray(mask).astype(bool)  # Flax takes integers too
-    dtype = canonicalize_dtype(x, *params.values(), dtype=dtype)  # of an integer x too
+    # An integer x gives float32 here.
+    dtype = jnp.dtype(canonicalize_dtype(x, *params.values(), dtype=dtype))
     x = _as_floating(x)
     options |= {"axis": axis, "dtype": dtype, "mask": mask}
     norm = _functions.layer_norm if center else _functions.rms_norm
@@ -55,6 +78,41 @@ def apply_norm(
         return norm(params, _as_wide_as(dtype, total), **options), total
     add_norm = _functions.add_layer_norm if center else _functions.add_rms_norm
     return add_norm(params, x, residual, **options)
+
+
+def left_to_flax(
+    norm: Any, x: Any, mask: Any, param_dtypes: Iterable[DTypeLike]
+) -> str | None:
+    """Why Flax has to compute a call of its `norm`; None where this package does.
+
+    A norm that was replaced must do what Flax's does: refuse nothing that it takes, and
+    mask as it masks. So Flax gets every call that the functions would refuse.
+    """
+    if mask is not None:
+        return "called with a mask; Flax's norms normalize what it leaves out too"
+    if norm.axis_index_groups is not None:
+        return "axis_index_groups is given"
+    if not isinstance(x, (jax.Array, np.ndarray)):
+        return f"x is no array but {type(x).__name__}"
+    for dtype in param_dtypes:
+        if dtype not in _arguments.DTYPES:
+            return f"a parameter has dtype {jnp.dtype(dtype)}"
+    try:
+        x = _arguments.check_x(_as_floating(x))
+        _arguments.check_axis(flax_axes(norm.reduction_axes, x.ndim), x.ndim)
+        _arguments.check_axis(flax_axes(norm.feature_axes, x.ndim), x.ndim)
+        _arguments.check_dtype(norm.dtype, x)
+        _arguments.check_epsilon(norm.epsilon)
+        _arguments.check_axis_name(norm.axis_name)
+    except (TypeError, ValueError) as refusal:
+        return str(refusal)
+    return None
+
+
+def flax_axes(axes: Axes, ndim: int) -> tuple[int, ...]:
+    """Axes as Flax reads them: each once, in the order of `x`."""
+    named = _as_tuple(axes)
+    return tuple(sorted({a + ndim if -ndim <= a < 0 else a for a in named}))
 
 
 def feature_shape(x: Array, feature_axes: Axes) -> tuple[int, ...]:
@@ -72,7 +130,8 @@ def _aligned(
 ) -> tuple[tuple[int, ...], dict[str, Array | None]]:
     """The axes, and the parameters as the functions want them for these.
 
-    A parameter's axes are those of `feature_axes`, in that order; NNX stores it flat.
+    A parameter's axes are those of `feature_axes`, in that order; where it is flat, as
+    NNX stores it, in the order of `x`.
     """
     ndim = _arguments.check_x(_as_floating(x)).ndim
     axis = _arguments.check_axis(_as_tuple(reduction_axes), ndim)
@@ -81,7 +140,10 @@ def _aligned(
     order = sorted(features)
 
     def over_features(param: Array) -> Array:
-        return param.reshape(shape) if param.size == math.prod(shape) else param
+        if param.shape == shape or param.size != math.prod(shape):
+            return param
+        param = param.reshape([x.shape[axis] for axis in order])
+        return jnp.transpose(param, [order.index(axis) for axis in features])
 
     def over_all_axes(param: Array) -> Array:
         param = over_features(param)
@@ -108,10 +170,10 @@ def _map(
 
 
 def _as_tuple(axes: Axes) -> tuple[int, ...]:
-    return tuple(axes) if isinstance(axes, Sequence) else (axes,)
+    return tuple(axes) if isinstance(axes, Iterable) else (axes,)
 
 
-def _as_floating(x: Array) -> Array:
+def _as_floating(x: Any) -> Any:
     """An integer or boolean `x` as float32, as Flax does."""
     if jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == jnp.bool_:
         return x.astype(jnp.float32)

@@ -6,9 +6,10 @@ parameters and the dtype rules are Flax's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -17,8 +18,11 @@ from flax.typing import Initializer, PromoteDtypeFn
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from jax_layernorm import _arguments
 from jax_layernorm._arguments import Implementation
-from jax_layernorm._flax import Axes, apply_norm
+from jax_layernorm._flax import Axes, Report, apply_norm, flax_axes, left_to_flax
+
+Model = TypeVar("Model")
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -32,7 +36,7 @@ class LayerNorm(nnx.LayerNorm):
     statistics are always taken in float32 or wider, by a formula that is right where
     the fast one is not, and from `x` as given, where Flax rounds it to `dtype` first.
     `axis_index_groups` is refused. What `mask` leaves out is 0 in the output, where Flax
-    normalizes it too.
+    normalizes it too. Several `feature_axes` are read in the order of `x`, as Flax does.
 
     Args:
       num_features: the length of the last axis of `x`.
@@ -59,6 +63,8 @@ class LayerNorm(nnx.LayerNorm):
     References:
       Ba, Kiros, Hinton, "Layer Normalization", 2016, arXiv:1607.06450.
     """
+
+    _replaced = False
 
     def __init__(
         self,
@@ -115,8 +121,7 @@ class LayerNorm(nnx.LayerNorm):
         residual: ArrayLike | None = None,
     ) -> Array | tuple[Array, Array]:
         """`y`, of the shape of `x`; with `residual`, `(y, residual + x)`."""
-        params = {"scale": _value(self.scale), "bias": _value(self.bias)}
-        return _call(self, params, x, mask, residual, center=True)
+        return _call(self, nnx.LayerNorm, ("scale", "bias"), x, mask, residual)
 
 
 class RMSNorm(nnx.RMSNorm):
@@ -152,6 +157,8 @@ class RMSNorm(nnx.RMSNorm):
     References:
       Zhang, Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1910.07467.
     """
+
+    _replaced = False
 
     def __init__(
         self,
@@ -202,23 +209,144 @@ class RMSNorm(nnx.RMSNorm):
         residual: ArrayLike | None = None,
     ) -> Array | tuple[Array, Array]:
         """`y`, of the shape of `x`; with `residual`, `(y, residual + x)`."""
-        params = {"scale": _value(self.scale)}
-        return _call(self, params, x, mask, residual, center=False)
+        return _call(self, nnx.RMSNorm, ("scale",), x, mask, residual)
 
 
-def _value(param: nnx.Param[Array] | None) -> Array | None:
-    return None if param is None else param[...]
+def replace(model: Model, *, custom_vjp: bool = True) -> Model:
+    """`model`, every `flax.nnx` norm in it made one of this package, in place.
+
+    Each `flax.nnx.LayerNorm` and `flax.nnx.RMSNorm` stays the object it is, wherever it is
+    shared, with its parameters, attributes, names and checkpoints; only its class becomes
+    `jax_layernorm.nnx.LayerNorm` or `RMSNorm`. Nothing changes but speed, memory and
+    accuracy. What this could not be said of stays Flax's: norms with `axis_index_groups`,
+    subclasses that override `__call__`, and calls with a mask or of dtypes that this
+    package refuses (complex, float8). `report(model)` tells which.
+
+    What `nnx.iter_graph` reaches is replaced. A `jax.jit` of a function that closes over
+    the model, rather than taking it, keeps what it traced before.
+
+    Args:
+      model: a `flax.nnx` module, or a pytree of them; it may be abstract, from
+        `nnx.eval_shape`. Call this outside NNX's transformations, or on a model that was
+        made in the same one: `nnx.jit` takes no change of a class back out.
+      custom_vjp: False for models that are differentiated forward (`jvp`, `jacfwd`,
+        `linearize`): JAX then differentiates the equations. A second call changes it.
+
+    Returns:
+      `model`.
+
+    Raises:
+      TypeError: `model` holds no module, or `custom_vjp` is not True or False.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax_layernorm as jln
+      >>> rngs = nnx.Rngs(0)
+      >>> model = nnx.Sequential(nnx.Linear(3, 4, rngs=rngs), nnx.LayerNorm(4, rngs=rngs))
+      >>> model = jln.nnx.replace(model)
+      >>> print(jln.nnx.report(model))
+      replaced  layers/1: LayerNorm
+    """
+    custom_vjp = _arguments.check_flag("custom_vjp", custom_vjp)
+    for _, norm in [*_norms(model)]:
+        if isinstance(norm, LayerNorm | RMSNorm):
+            if norm._replaced:
+                norm.custom_vjp = custom_vjp
+        elif _left(norm) is None:
+            norm.scale_offset = 0.0
+            norm.implementation = None
+            norm.custom_vjp = custom_vjp
+            norm._replaced = True
+            object.__setattr__(norm, "__class__", _ours(type(norm)))
+    return model
+
+
+def report(model: Any) -> Report:
+    """Which of a model's norms this package computes, which stay Flax's, and why.
+
+    Args:
+      model: a `flax.nnx` module, or a pytree of them, before or after `replace`.
+
+    Returns:
+      A `Report`. Calls of a replaced norm that stay Flax's, as with a mask, are not in it.
+
+    Raises:
+      TypeError: `model` holds no module.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax_layernorm as jln
+      >>> norm = nnx.RMSNorm(4, rngs=nnx.Rngs(0))
+      >>> print(jln.nnx.report(norm))
+      left      RMSNorm: replace() would replace it
+    """
+    found = Report()
+    for path, norm in _norms(model):
+        name = "/".join(map(str, path)) or type(norm).__name__
+        if isinstance(norm, LayerNorm | RMSNorm):
+            found.replaced[name] = type(norm).__name__
+        else:
+            found.left[name] = _left(norm) or "replace() would replace it"
+    return found
+
+
+def _norms(model: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    modules = [
+        (path, node)
+        for path, node in nnx.iter_graph(model, graph=True)
+        if isinstance(node, nnx.Module)
+    ]
+    if not modules:
+        raise TypeError(
+            "model must be a flax.nnx module or a pytree that holds one; got"
+            f" {type(model).__module__}.{type(model).__qualname__}. Merge a graphdef and"
+            " its state first, with nnx.merge; for linen there is"
+            " jax_layernorm.linen.replace."
+        )
+    for path, node in modules:
+        if isinstance(node, nnx.LayerNorm | nnx.RMSNorm):
+            yield path, node
+
+
+def _left(norm: nnx.LayerNorm | nnx.RMSNorm) -> str | None:
+    """Why `replace` must not touch the norm; None where it may."""
+    if type(norm).__call__ is not _flaxs(type(norm)).__call__:
+        return f"{type(norm).__qualname__} overrides __call__"
+    if norm.axis_index_groups is not None:
+        return "axis_index_groups is given"
+    return None
+
+
+def _flaxs(kind: type) -> type:
+    return nnx.LayerNorm if issubclass(kind, nnx.LayerNorm) else nnx.RMSNorm
+
+
+@functools.cache
+def _ours(kind: type) -> type:
+    """The class of a replaced norm: ours, or what a subclass of Flax's is over ours."""
+    ours = LayerNorm if issubclass(kind, nnx.LayerNorm) else RMSNorm
+    if kind is _flaxs(kind):
+        return ours
+    return type(kind.__name__, (kind, ours), {"__module__": kind.__module__})
 
 
 def _call(
     module: LayerNorm | RMSNorm,
-    params: dict[str, Array | None],
+    flaxs: Any,
+    names: tuple[str, ...],
     x: ArrayLike,
     mask: ArrayLike | None,
     residual: ArrayLike | None,
-    *,
-    center: bool,
 ) -> Array | tuple[Array, Array]:
+    stored = {name: getattr(module, name) for name in names}
+    params = {name: None if p is None else p[...] for name, p in stored.items()}
+    reduction_axes, feature_axes = module.reduction_axes, module.feature_axes
+    if module._replaced and residual is None:
+        dtypes_of_params = [p.dtype for p in params.values() if p is not None]
+        if left_to_flax(module, x, mask, dtypes_of_params):
+            return flaxs.__call__(module, x, mask=mask)
+        reduction_axes = flax_axes(reduction_axes, jnp.ndim(x))
+        feature_axes = flax_axes(feature_axes, jnp.ndim(x))
     if module.promote_dtype is not dtypes.promote_dtype:
         x, *promoted = module.promote_dtype((x, *params.values()), dtype=module.dtype)
         params = dict(zip(params, promoted, strict=True))
@@ -227,10 +355,10 @@ def _call(
         x,
         mask,
         residual,
-        center=center,
+        center=flaxs is nnx.LayerNorm,
         dtype=module.dtype,
-        reduction_axes=module.reduction_axes,
-        feature_axes=module.feature_axes,
+        reduction_axes=reduction_axes,
+        feature_axes=feature_axes,
         axis_name=module.axis_name,
         axis_index_groups=module.axis_index_groups,
         epsilon=module.epsilon,
