@@ -14,6 +14,7 @@ ROOT = pathlib.Path(__file__).parent.parent
     ("page", "needs"),
     [
         ("README.md", ""),
+        ("docs/switching-from-flax.md", ""),
         ("docs/switching-from-torch.md", ""),
         ("docs/switching-from-torch.md", "safetensors"),
         ("docs/switching-from-torch.md", "torch"),

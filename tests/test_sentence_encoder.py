@@ -16,6 +16,8 @@ import sentence_encoder
 from encoder import NORMS, EncoderConfig, embed, params_from_torch
 from jax.extend.core import jaxprs_in_params
 
+import jax_layernorm as jln
+
 TINY = EncoderConfig(
     vocabulary=11, positions=8, kinds=2, width=12, hidden=20, layers=2, heads=3,
     epsilon=1e-12,
@@ -243,6 +245,32 @@ def test_minilm_has_the_gradients_that_it_has_with_flax(minilm):
         tokens, mask = sentence_encoder.tokenize(folder, sentences[:2], 32)
         results.append(gradients(config, params, tokens, mask))
     assert_close_trees(*results, 1e-5)
+
+
+@pytest.mark.usefixtures("quick_compilation")
+def test_minilm_in_flax_changes_nothing_inside_replace(minilm):
+    folder, sentences, _ = minilm
+    config, params = sentence_encoder.load_model(folder, "flax")
+    tokens, mask = sentence_encoder.tokenize(folder, sentences[:2], 32)
+
+    def programs():
+        def first(params):
+            return embed(config, params, tokens, mask)[:, 0].sum()
+
+        count = primitives(jax.make_jaxpr(jax.grad(first))(params).jaxpr)
+        assert count["layer_norm_forward"] == count["layer_norm_backward"]
+        return (
+            count["layer_norm_forward"],
+            embed(config, params, tokens, mask),
+            gradients(config, params, tokens, mask),
+        )
+
+    calls, embeddings, gradient = programs()
+    with jln.linen.replace():
+        calls_inside, embeddings_inside, gradient_inside = programs()
+    assert (calls, calls_inside) == (0, 2 * config.layers + 1)
+    np.testing.assert_allclose(embeddings_inside, embeddings, atol=1e-6)
+    assert_close_trees(gradient_inside, gradient, 1e-5)
 
 
 def test_the_stored_embeddings_are_those_of_the_original(minilm):
