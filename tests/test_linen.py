@@ -150,3 +150,21 @@ def test_wrong_parameter_shape_is_an_error_with_both_shapes(name):
     norm = as_function(jln.linen, name)
     with pytest.raises(flax.errors.ScopeParamShapeError, match=r"\(5,\).*\(48,\)"):
         norm(draw_params(name), draw(0, ROWS, 5))
+
+
+@for_both
+def test_result_dtype_is_flaxs_where_param_dtype_is_not_that_of_the_parameters(name):
+    x, params = draw(0, *SHAPE, dtype=jnp.bfloat16), draw_params(name)
+    options = {"param_dtype": jnp.bfloat16, "force_float32_reductions": False}
+    ours, flaxs = (
+        as_function(norms, name, **options)(params, x) for norms in (jln.linen, nn)
+    )
+    assert ours.dtype == flaxs.dtype == jnp.bfloat16
+
+
+@for_both
+def test_dtype_may_be_a_name(name, x64):
+    x, params = draw(0, *SHAPE), draw_params(name)
+    for dtype in ("float64", "bfloat16"):
+        y = as_function(jln.linen, name, dtype=dtype)(params, x)
+        assert_equal(y, as_function(jln.linen, name, dtype=jnp.dtype(dtype))(params, x))

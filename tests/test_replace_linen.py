@@ -24,13 +24,13 @@ from flax_models import (
 
 import jax_layernorm as jln
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 NORMS = 2 * LAYERS + 1  # of a GPT
 
 
 @pytest.mark.parametrize("scanned", [False, True])
-def test_gpt_agrees_in_logits_loss_and_gradients_and_every_norm_is_ours(
-    scanned, quick_compilation
-):
+def test_gpt_agrees_in_logits_loss_and_gradients_and_every_norm_is_ours(scanned):
     params = perturbed(jax.jit(GPT(scanned).init)(jax.random.key(0), TOKENS)["params"])
     step = jax.value_and_grad(
         partial(loss_and_logits_of_gpt, scanned=scanned), has_aux=True
@@ -43,7 +43,7 @@ def test_gpt_agrees_in_logits_loss_and_gradients_and_every_norm_is_ours(
     assert_close(got, want)
     recomputed = 2 * LAYERS if scanned else 0  # under nn.remat
     assert counted == (NORMS + recomputed, NORMS)
-    assert len(report.replaced) == 3 if scanned else NORMS
+    assert len(report.replaced) == (3 if scanned else NORMS)
     assert not report.left
 
 

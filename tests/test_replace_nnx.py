@@ -23,6 +23,8 @@ from flax_models import (
 
 import jax_layernorm as jln
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 NORMS = 6 * LAYERS + 1  # of a Gemma
 
 
@@ -78,9 +80,7 @@ REPLACED = {
 
 
 @pytest.mark.parametrize("scanned", [False, True])
-def test_gemma_agrees_in_logits_loss_and_gradients_and_every_norm_is_ours(
-    scanned, quick_compilation
-):
+def test_gemma_agrees_in_logits_loss_and_gradients_and_every_norm_is_ours(scanned):
     model = Gemma(nnx.Rngs(0), scanned=scanned)
     nnx.update(model, perturbed(nnx.state(model)))
     step = nnx.jit(nnx.value_and_grad(loss_and_logits_of_gemma, has_aux=True))
@@ -98,7 +98,7 @@ def test_gemma_agrees_in_logits_loss_and_gradients_and_every_norm_is_ours(
     recomputed = 6 * LAYERS if scanned else 0  # under nnx.remat
     assert count_ops(gradients, nnx.state(model)) == (NORMS + recomputed, NORMS)
     report = jln.nnx.report(model)
-    assert len(report.replaced) == 7 if scanned else NORMS
+    assert len(report.replaced) == (7 if scanned else NORMS)
     assert not report.left
 
 
