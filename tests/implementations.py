@@ -1,0 +1,28 @@
+"""Which implementations can run here, on the CPU of the tests; the others are skipped."""
+
+import functools
+
+import jax
+import pytest
+
+import jax_layernorm as jln
+from jax_layernorm._kernels import KERNELS
+
+
+@functools.cache
+def missing(implementation):
+    """Why it cannot run here at all, or None."""
+    x = jax.ShapeDtypeStruct((4, 128), "float32")
+    norm = functools.partial(jln.layer_norm, implementation=implementation)
+    try:
+        jax.jit(norm).lower(jln.init_params(128), x)
+    except NotImplementedError as error:
+        return str(error)
+    return None
+
+
+def needed(implementation):
+    """Skips the test, with the reason, where `implementation` cannot run here at all."""
+    reason = missing(implementation)
+    if reason is not None:
+        pytest.skip(reason)
