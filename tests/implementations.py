@@ -6,7 +6,6 @@ import jax
 import pytest
 
 import jax_layernorm as jln
-from jax_layernorm._kernels import KERNELS
 
 
 @functools.cache

@@ -75,11 +75,11 @@ def forward(problem: Problem) -> Callable[..., Forward]:
             with jax.numpy_dtype_promotion("standard"):
                 normalized = jnp.promote_types(x.dtype, residual.dtype)
         compute = _equations.compute_dtype(normalized)
-        moments = with_moments * (3 if spec.center else 1)
+        numbers = with_moments * (3 if spec.center else 1)
         results = [
             jax.ShapeDtypeStruct(matrix, spec.dtype),
             *[jax.ShapeDtypeStruct(matrix, normalized)] * (residual is not None),
-            *[jax.ShapeDtypeStruct(stats, compute)] * moments,
+            *[jax.ShapeDtypeStruct(stats, compute)] * numbers,
         ]
         operands = [
             x.reshape(matrix),
@@ -95,12 +95,12 @@ def forward(problem: Problem) -> Callable[..., Forward]:
             scale_offset=np.float64(spec.scale_offset),
         )
         total = None if residual is None else rest.pop(0).reshape(x.shape)
-        kept = [
-            1 if axis - x.ndim in spec.axes else n for axis, n in enumerate(x.shape)
-        ]
-        rest = [statistic.reshape(kept) for statistic in rest]
-        rest = rest if spec.center or not rest else [None, None, *rest]
-        return Forward(y.reshape(x.shape), total, Moments(*rest) if rest else None)
+        moments = None
+        if with_moments:
+            kept = [1 if i - x.ndim in spec.axes else n for i, n in enumerate(x.shape)]
+            *mean, rstd = (statistic.reshape(kept) for statistic in rest)
+            moments = Moments(*(mean or (None, None)), rstd)
+        return Forward(y.reshape(x.shape), total, moments)
 
     return run
 
@@ -179,10 +179,10 @@ def _letters(**present: Any) -> str:
 def _not_loaded() -> str | None:
     """Loads the library and registers its handlers; why that cannot be, or None."""
     # Of an editable install, the library is not beside this file, but in the same package.
-    folders = [pathlib.Path(folder) for folder in sys.modules[__package__].__path__]
-    for folder in folders:
-        if (folder / LIBRARY).exists():
-            return _load(folder / LIBRARY, pathlib.Path(jax.ffi.include_dir()))
+    for folder in sys.modules[__name__.rpartition(".")[0]].__path__:
+        library = pathlib.Path(folder, LIBRARY)
+        if library.exists():
+            return _load(library, pathlib.Path(jax.ffi.include_dir()))
     return (
         "its library was not compiled when the package was installed, which takes a C++"
         " compiler"
