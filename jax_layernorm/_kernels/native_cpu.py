@@ -99,7 +99,8 @@ def forward(problem: Problem) -> Callable[..., Forward]:
         if with_moments:
             kept = [1 if i - x.ndim in spec.axes else n for i, n in enumerate(x.shape)]
             *mean, rstd = (statistic.reshape(kept) for statistic in rest)
-            moments = Moments(*(mean or (None, None)), rstd)
+            high, low = mean if spec.center else (None, None)
+            moments = Moments(high, low, rstd)
         return Forward(y.reshape(x.shape), total, moments)
 
     return run
