@@ -2,8 +2,8 @@
 // that this file is compiled for; JLN_KERNELS names the table it defines.
 //
 // A row is read from memory once: what a later pass over it needs is still in the cache.
-// Sums run in several vectors of partial sums over at most kBlock elements, in a fixed
-// order, and over the blocks in float64.
+// Sums run in vectors of partial sums of at most kTerms terms, in a fixed order, and the
+// sums of these in float64: a long row costs no accuracy.
 
 #include <cmath>
 #include <type_traits>
@@ -14,7 +14,7 @@
 namespace jax_layernorm {
 namespace {
 
-constexpr int64_t kBlock = 4096;
+constexpr int64_t kTerms = 64;
 
 template <class T>
 using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -29,72 +29,118 @@ JLN_INLINE void for_each(int64_t begin, int64_t end, Step step) {
   if (i < end) step(i, Part{static_cast<int>(end - i)});
 }
 
-// The sum over a row of term(i, which), a register of terms.
-template <class C, class Term>
-JLN_INLINE C sum_over(int64_t features, Term term) {
-  using V = Register<C>;
+// For each of R rows, S sums over its elements: accumulate(i, which, sums) adds the terms
+// of a register of each row to the vectors sums[row][s]. U sets of these take turns, so
+// that additions need not wait for each other.
+template <int R, int U, int S, class C, class Accumulate>
+JLN_INLINE void row_sums(int64_t features, double (&totals)[S][R], C,
+                         Accumulate accumulate) {
   constexpr int N = kLanes<C>;
-  double total = 0;
-  for (int64_t begin = 0; begin < features; begin += kBlock) {
-    const int64_t end = features - begin < kBlock ? features : begin + kBlock;
-    V sums[4] = {};
+  constexpr int64_t block = kTerms * U * N;
+  for (int64_t begin = 0; begin < features; begin += block) {
+    const int64_t end = features - begin < block ? features : begin + block;
+    Register<C> sums[U][R][S] = {};
     int64_t i = begin;
-    for (; i + 4 * N <= end; i += 4 * N) {
-      for (int k = 0; k < 4; ++k) sums[k] += term(i + k * N, Whole{});
+    for (; i + U * N <= end; i += U * N) {
+      for (int u = 0; u < U; ++u) accumulate(i + u * N, Whole{}, sums[u]);
     }
-    for_each<C>(i, end, [&](int64_t j, auto which) { sums[0] += term(j, which); });
-    total += sum_of_lanes<C, N>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for_each<C>(i, end, [&](int64_t j, auto which) { accumulate(j, which, sums[0]); });
+    for (int s = 0; s < S; ++s) {
+      for (int k = 0; k < R; ++k) {
+        Register<C> sum = sums[0][k][s];
+        for (int u = 1; u < U; ++u) sum += sums[u][k][s];
+        totals[s][k] += sum_of_lanes<C, N>(sum);
+      }
+    }
   }
-  return static_cast<C>(total);
 }
 
-template <class X, class Y, bool kCenter>
-void forward(const ForwardRows& a) {
+// Several short rows together, since each alone would wait for its sums.
+template <class X, class Y, bool kCenter, int R>
+JLN_INLINE void forward_together(const ForwardRows& a, int64_t row) {
   using C = Compute<X>;
   using V = Register<C>;
+  constexpr int U = R == 1 ? 4 : 1;
   const int64_t features = a.features;
   const C share = static_cast<C>(1.0 / static_cast<double>(features));
   const auto* gamma = static_cast<const C*>(a.gamma);
   const auto* bias = static_cast<const C*>(a.bias);
-  for (int64_t row = 0; row < a.rows; ++row) {
-    const X* x = static_cast<const X*>(a.x) + row * features;
-    Y* y = static_cast<Y*>(a.y) + row * features;
-    C mean = 0, correction = 0;
-    if constexpr (kCenter) {
-      mean = sum_over<C>(features, [&](int64_t i, auto which) {
-        return load<C>(x + i, which) * all<V>(share);
-      });
-      correction = sum_over<C>(features, [&](int64_t i, auto which) {
-        const V c = load<C>(x + i, which) - all<V>(mean);
-        return only<C>(c, which) * all<V>(share);
-      });
-    }
-    const auto deviation = [&](int64_t i, auto which) {
-      V c = load<C>(x + i, which);
-      if constexpr (kCenter) c = (c - all<V>(mean)) - all<V>(correction);
-      return c;
-    };
-    const C square = sum_over<C>(features, [&](int64_t i, auto which) {
-      const V c = only<C>(deviation(i, which), which);
-      return c * c;
-    });
-    const double variance = static_cast<double>(square * share);
-    const C rstd = static_cast<C>(1.0 / std::sqrt(variance + a.epsilon));
-    for_each<C>(0, features, [&](int64_t i, auto which) {
-      V v = deviation(i, which) * all<V>(rstd);
-      if (gamma != nullptr) v = v * load<C>(gamma + i, which);
-      if (bias != nullptr) v = v + load<C>(bias + i, which);
-      store<C>(y + i, v, which);
-    });
-    if (a.rstd != nullptr) {
-      if constexpr (kCenter) {
-        const C high = mean + correction;  // two words, as _equations._two_sum
-        static_cast<C*>(a.mean)[row] = high;
-        static_cast<C*>(a.mean_low)[row] = (mean - high) + correction;
+  const X* x = static_cast<const X*>(a.x) + row * features;
+  Y* y = static_cast<Y*>(a.y) + row * features;
+
+  C mean[R] = {}, low[R] = {}, rstd[R];
+  if constexpr (kCenter) {
+    double sums[1][R] = {};
+    row_sums<R, U, 1>(features, sums, C{}, [&](int64_t i, auto which, V(*sum)[1]) {
+      for (int k = 0; k < R; ++k) {
+        sum[k][0] += load<C>(x + k * features + i, which) * all<V>(share);
       }
-      static_cast<C*>(a.rstd)[row] = rstd;
+    });
+    for (int k = 0; k < R; ++k) mean[k] = static_cast<C>(sums[0][k]);
+  }
+  double sums[2][R] = {};
+  row_sums<R, U, 2>(features, sums, C{}, [&](int64_t i, auto which, V(*sum)[2]) {
+    for (int k = 0; k < R; ++k) {
+      __builtin_prefetch(y + k * features + i, 1);  // to be written next
+      V c = load<C>(x + k * features + i, which);
+      if constexpr (kCenter) {
+        c = only<C>(c - all<V>(mean[k]), which);
+        sum[k][1] += c * all<V>(share);
+      }
+      sum[k][0] += c * c;
+    }
+  });
+  for (int k = 0; k < R; ++k) {
+    double square = static_cast<C>(sums[0][k]);
+    if constexpr (kCenter) {
+      low[k] = static_cast<C>(sums[1][k]);
+      if (square != HUGE_VAL) {  // where inf - inf would be NaN
+        square -= static_cast<double>(features) * low[k] * low[k];
+        if (square < 0) square = 0;
+      }
+    }
+    const double variance = square / static_cast<double>(features);
+    rstd[k] = static_cast<C>(1.0 / std::sqrt(variance + a.epsilon));
+  }
+  for_each<C>(0, features, [&](int64_t i, auto which) {
+    V factor{}, shift{};
+    if (gamma != nullptr) factor = load<C>(gamma + i, which);
+    if (bias != nullptr) shift = load<C>(bias + i, which);
+    for (int k = 0; k < R; ++k) {
+      __builtin_prefetch(x + (R + k) * features + i);  // the next rows
+      V v = load<C>(x + k * features + i, which);
+      if constexpr (kCenter) v = (v - all<V>(mean[k])) - all<V>(low[k]);
+      v = v * all<V>(rstd[k]);
+      if (gamma != nullptr) v = v * factor;
+      if (bias != nullptr) v = v + shift;
+      store<C>(y + k * features + i, v, which);
+    }
+  });
+  if (a.rstd != nullptr) {
+    for (int k = 0; k < R; ++k) {
+      if constexpr (kCenter) {
+        const C high = mean[k] + low[k];  // which is the mean, rounded
+        static_cast<C*>(a.mean)[row + k] = high;
+        static_cast<C*>(a.mean_low)[row + k] = (mean[k] - high) + low[k];
+      }
+      static_cast<C*>(a.rstd)[row + k] = rstd[k];
     }
   }
+}
+
+constexpr int kTogether = 4;
+
+template <class X, class Y, bool kCenter>
+void forward(const ForwardRows& a) {
+  int64_t row = 0;
+  if constexpr (std::is_same_v<X, Y>) {  // the usual case; the others stay small
+    if (a.features <= kShortRow) {
+      for (; row + kTogether <= a.rows; row += kTogether) {
+        forward_together<X, Y, kCenter, kTogether>(a, row);
+      }
+    }
+  }
+  for (; row < a.rows; ++row) forward_together<X, Y, kCenter, 1>(a, row);
 }
 
 // R rows together, so that gamma, dscale and dbias are loaded once for all of them.
@@ -109,6 +155,7 @@ JLN_INLINE void backward_together(const BackwardRows& a, int64_t row) {
   auto* dbias = static_cast<C*>(a.dbias);
   const X* x = static_cast<const X*>(a.x) + row * features;
   const DY* dy = static_cast<const DY*>(a.dy) + row * features;
+  X* dx = static_cast<X*>(a.dx) + row * features;
   C mean[R] = {}, low[R] = {}, rstd[R];
   for (int k = 0; k < R; ++k) {
     if constexpr (kCenter) {
@@ -123,55 +170,50 @@ JLN_INLINE void backward_together(const BackwardRows& a, int64_t row) {
     return c * all<V>(rstd[k]);
   };
 
-  double sum_g[R] = {}, sum_g_x_hat[R] = {};
-  for (int64_t begin = 0; begin < features; begin += kBlock) {
-    const int64_t end = features - begin < kBlock ? features : begin + kBlock;
-    V g_sums[R] = {}, g_x_hat_sums[R] = {};
-    for_each<C>(begin, end, [&](int64_t i, auto which) {
-      V scale_sum{}, bias_sum{};
-      V factor = all<V>(C{1});
-      if (gamma != nullptr) factor = load<C>(gamma + i, which);
-      if (dscale != nullptr) scale_sum = load<C>(dscale + i, which);
-      if (dbias != nullptr) bias_sum = load<C>(dbias + i, which);
-      for (int k = 0; k < R; ++k) {
-        const V h = only<C>(x_hat(k, i, which), which);
-        const V d = load<C>(dy + k * features + i, which);
-        const V g = d * factor;
-        if constexpr (kCenter) g_sums[k] += g;
-        g_x_hat_sums[k] += g * h;
-        scale_sum += d * h;
-        bias_sum += d;
-      }
-      if (dscale != nullptr) store<C>(dscale + i, scale_sum, which);
-      if (dbias != nullptr) store<C>(dbias + i, bias_sum, which);
-    });
+  double sums[2][R] = {};
+  constexpr int U = R == 1 ? 2 : 1;
+  row_sums<R, U, 2>(features, sums, C{}, [&](int64_t i, auto which, V(*sum)[2]) {
+    V scale_sum{}, bias_sum{};
+    V factor = all<V>(C{1});
+    if (gamma != nullptr) factor = load<C>(gamma + i, which);
+    if (dscale != nullptr) scale_sum = load<C>(dscale + i, which);
+    if (dbias != nullptr) bias_sum = load<C>(dbias + i, which);
     for (int k = 0; k < R; ++k) {
-      sum_g[k] += sum_of_lanes<C, kLanes<C>>(g_sums[k]);
-      sum_g_x_hat[k] += sum_of_lanes<C, kLanes<C>>(g_x_hat_sums[k]);
+      __builtin_prefetch(dx + k * features + i, 1);  // to be written next
+      const V h = only<C>(x_hat(k, i, which), which);
+      const V d = load<C>(dy + k * features + i, which);
+      const V g = d * factor;
+      sum[k][0] += g * h;
+      if constexpr (kCenter) sum[k][1] += g;
+      scale_sum += d * h;
+      bias_sum += d;
     }
-  }
+    if (dscale != nullptr) store<C>(dscale + i, scale_sum, which);
+    if (dbias != nullptr) store<C>(dbias + i, bias_sum, which);
+  });
 
   for (int k = 0; k < R; ++k) {
-    C along_x_hat = static_cast<C>(sum_g_x_hat[k]);
+    C along_x_hat = static_cast<C>(sums[0][k]);
     if (a.drstd != nullptr) {
       along_x_hat += rstd[k] * static_cast<const C*>(a.drstd)[row + k];
     }
     along_x_hat *= share;
-    const C mean_g = static_cast<C>(sum_g[k]) * share;
+    const C mean_g = static_cast<C>(sums[1][k]) * share;
     C dmean = 0;
     if (a.dmean != nullptr) dmean = static_cast<const C*>(a.dmean)[row + k] * share;
-    const int64_t first_element = (row + k) * features;
-    const X* dtotal = static_cast<const X*>(a.dtotal) + first_element;
-    X* dx = static_cast<X*>(a.dx) + first_element;
+    const X* dtotal = static_cast<const X*>(a.dtotal);
+    if (dtotal != nullptr) dtotal += (row + k) * features;
     for_each<C>(0, features, [&](int64_t i, auto which) {
+      __builtin_prefetch(x + (R + k) * features + i);  // the next rows
+      __builtin_prefetch(dy + (R + k) * features + i);
       V g = load<C>(dy + k * features + i, which);
       if (gamma != nullptr) g = g * load<C>(gamma + i, which);
       V v = g - x_hat(k, i, which) * all<V>(along_x_hat);
       if constexpr (kCenter) v = v - all<V>(mean_g);
       v = all<V>(rstd[k]) * v;
       if constexpr (kCenter) v = v + all<V>(dmean);
-      if (a.dtotal != nullptr) v = v + load<C>(dtotal + i, which);
-      store<C>(dx + i, v, which);
+      if (dtotal != nullptr) v = v + load<C>(dtotal + i, which);
+      store<C>(dx + k * features + i, v, which);
     });
   }
 }
@@ -180,7 +222,6 @@ template <class X, class DY, bool kCenter>
 void backward(const BackwardRows& a) {
   int64_t row = 0;
   if constexpr (std::is_same_v<X, DY>) {  // the usual case; the others stay small
-    constexpr int kTogether = 4;
     const int64_t row_bytes = a.features * int64_t{sizeof(X) + sizeof(DY)};
     if (kTogether * row_bytes <= kCachedBytes) {
       for (; row + kTogether <= a.rows; row += kTogether) {

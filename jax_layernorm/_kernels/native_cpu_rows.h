@@ -55,9 +55,12 @@ extern const RowKernels kAvx2Kernels;
 extern const RowKernels kAvx512Kernels;
 #endif
 
-// How many bytes of x and dy backward reads twice, the second time from the cache, where
-// it takes several rows together.
-constexpr int64_t kCachedBytes = 256 * 1024;
+// Rows of up to so many features are taken several at a time, forward: these and their
+// results stay in the first-level cache.
+constexpr int64_t kShortRow = 1024;
+// Likewise backward, where several rows of x and dy are read a second time from the
+// second-level cache.
+constexpr int64_t kCachedBytes = 512 * 1024;
 
 }  // namespace jax_layernorm
 
