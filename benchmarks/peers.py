@@ -46,6 +46,44 @@ def tokamax(params: Mapping[str, Any], x: jax.Array) -> jax.Array:
     return tokamax.layer_norm(x, scale, bias, epsilon=EPSILON, implementation="xla")
 
 
+def equinox(params: Mapping[str, Any], x: jax.Array) -> jax.Array:
+    import equinox
+
+    norm = equinox.nn.LayerNorm(x.shape[-1], EPSILON)
+    weights = (params["scale"], params["bias"])
+    norm = equinox.tree_at(lambda n: (n.weight, n.bias), norm, weights)
+    return jax.vmap(norm)(x).astype(x.dtype)
+
+
+@jax.custom_vjp
+def plain(params: Mapping[str, Any], x: jax.Array) -> jax.Array:
+    """A custom_vjp as people write it: two passes, float32, mean and rstd saved."""
+    return _plain_forward(params, x)[0]
+
+
+def _plain_forward(params: Mapping[str, Any], x: jax.Array) -> Any:
+    wide = x.astype(jnp.float32)
+    mean = jnp.mean(wide, -1, keepdims=True)
+    c = wide - mean
+    rstd = jax.lax.rsqrt(jnp.mean(c * c, -1, keepdims=True) + EPSILON)
+    y = c * rstd * params["scale"] + params["bias"]
+    return y.astype(x.dtype), (params["scale"], x, mean, rstd)
+
+
+def _plain_backward(saved: Any, dy: jax.Array) -> Any:
+    scale, x, mean, rstd = saved
+    x_hat = (x.astype(jnp.float32) - mean) * rstd
+    g = dy.astype(jnp.float32) * scale
+    along = jnp.mean(g * x_hat, -1, keepdims=True)
+    dx = rstd * (g - jnp.mean(g, -1, keepdims=True) - x_hat * along)
+    dscale = jnp.sum(dy.astype(jnp.float32) * x_hat, 0)
+    dbias = jnp.sum(dy.astype(jnp.float32), 0)
+    return {"scale": dscale, "bias": dbias}, dx.astype(x.dtype)
+
+
+plain.defvjp(_plain_forward, _plain_backward)
+
+
 def available(names: tuple[str, ...]) -> dict[str, Norm]:
     """The JAX norms among `names` that can be imported; says why the others cannot."""
     norms: dict[str, Norm] = {
@@ -54,11 +92,13 @@ def available(names: tuple[str, ...]) -> dict[str, Norm]:
         "flax": flax,
         "flax two-pass": functools.partial(flax, fast_variance=False),
         "tokamax": tokamax,
+        "equinox": equinox,
+        "plain": plain,
     }
     modules = {"flax": "flax.linen", "flax two-pass": "flax.linen"}
     found = {}
     for name in names:
-        if not name.startswith("ours"):
+        if not name.startswith(("ours", "plain")):
             reason = import_error(modules.get(name, name))
             if reason is not None:
                 print(f"{name} left out: {reason}")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from jax_layernorm import _equations
 from jax_layernorm._kernel_op import Problem
-from jax_layernorm._kernels import xla
+from jax_layernorm._kernels import native_cpu, xla
 
 
 class Kernel(Protocol):
@@ -22,6 +22,13 @@ class Kernel(Protocol):
 
     def unsupported(self, problem: Problem) -> str | None:
         """Why this implementation cannot run `problem`, or None; shown to users."""
+        ...
+
+    def not_default(self, problem: Problem) -> str | None:
+        """Why it is not taken unasked for a `problem` that it can run, or None; shown too.
+
+        An implementation is a default only where a benchmark shows that it wins.
+        """
         ...
 
     def forward(self, problem: Problem) -> Callable[..., _equations.Forward]:
@@ -34,15 +41,16 @@ class Kernel(Protocol):
 
 
 KERNELS: dict[str, Kernel] = {
+    "native_cpu": native_cpu,
     "xla": xla,
 }
 
-PLANNED = ("native_cpu", "pallas_tpu", "pallas_triton", "pallas_mosaic_gpu")
+PLANNED = ("pallas_tpu", "pallas_triton", "pallas_mosaic_gpu")
 """Names that the public contract reserves and this version does not provide."""
 
 
 class Decision(NamedTuple):
-    """One choice: the implementation, and for each why it cannot run, or None."""
+    """One choice: the implementation, and for each why it is not taken, or None."""
 
     chosen: str | None
     reasons: dict[str, str | None]
@@ -73,6 +81,9 @@ def select(problem: Problem) -> Callable[..., Any]:
     """
     name = problem.static["spec"].implementation
     reasons = {each: kernel.unsupported(problem) for each, kernel in KERNELS.items()}
+    if name is None:
+        for each, kernel in KERNELS.items():
+            reasons[each] = reasons[each] or kernel.not_default(problem)
     able = [each for each, reason in reasons.items() if reason is None]
     chosen = able[0] if name is None else name if name in able else None
     decisions = _recorded.get()

@@ -1,0 +1,222 @@
+"""CPUs: a C++ kernel, called through XLA's foreign function interface (FFI).
+
+Why: XLA computes a norm on CPU in several loops with intermediates in memory, in threads
+of its own choosing. `native_cpu.cc` reads each row from memory once each way, in vectors
+of the processor's widest kind, on the threads of XLA's own pool.
+
+Numerics: the formulas of `_equations`, statistics and sums in float32 (float64 for
+float64), sums in several partial sums of fixed order. The results do not depend on the
+number of threads; they may differ by roundings between kinds of processors.
+
+Limits: what `_rows.as_rows` says; not in exported programs, where XLA knows no such call.
+The library is compiled when the package is installed; without it nothing is lost but
+speed. It is loaded when a norm is first lowered for CPU, never at import.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import pathlib
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_layernorm import _equations
+from jax_layernorm._equations import Backward, Forward, Moments, NormSpec
+from jax_layernorm._kernel_op import Problem
+from jax_layernorm._kernels import _rows
+
+LIBRARY = "libjax_layernorm_cpu.so"
+FORWARD, BACKWARD = "jax_layernorm_forward", "jax_layernorm_backward"
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def unsupported(problem: Problem) -> str | None:
+    if problem.platform != "cpu":
+        return "it is for CPUs"
+    if problem.exported:
+        return (
+            "the program is exported, and a call of a native library is no stable part of"
+            " one (what jax.export refuses but under DisabledSafetyCheck.custom_call)"
+        )
+    rows = _rows.as_rows(problem)
+    return rows if isinstance(rows, str) else _not_loaded()
+
+
+def not_default(problem: Problem) -> str | None:
+    del problem
+    return None
+
+
+def forward(problem: Problem) -> Callable[..., Forward]:
+    rows = _rows.as_rows(problem)
+    assert not isinstance(rows, str)
+    matrix, stats = (rows.rows, rows.features), (rows.rows,)
+
+    def run(
+        x: Any,
+        residual: Any,
+        scale: Any,
+        bias: Any,
+        mask: None,
+        *,
+        spec: NormSpec,
+        with_moments: bool,
+    ) -> Forward:
+        del mask
+        normalized = x.dtype
+        if residual is not None:
+            with jax.numpy_dtype_promotion("standard"):
+                normalized = jnp.promote_types(x.dtype, residual.dtype)
+        compute = _equations.compute_dtype(normalized)
+        numbers = with_moments * (3 if spec.center else 1)
+        results = [
+            jax.ShapeDtypeStruct(matrix, spec.dtype),
+            *[jax.ShapeDtypeStruct(matrix, normalized)] * (residual is not None),
+            *[jax.ShapeDtypeStruct(stats, compute)] * numbers,
+        ]
+        operands = [
+            x.reshape(matrix),
+            *_each(residual, matrix),
+            *_each(scale, (-1, rows.features)),
+            *_each(bias, (-1, rows.features)),
+        ]
+        y, *rest = jax.ffi.ffi_call(FORWARD, results)(
+            *operands,
+            has=_letters(r=residual, s=scale, b=bias, m=with_moments or None),
+            center=spec.center,
+            epsilon=np.float64(spec.epsilon),
+            scale_offset=np.float64(spec.scale_offset),
+        )
+        total = None if residual is None else rest.pop(0).reshape(x.shape)
+        moments = None
+        if with_moments:
+            kept = [1 if i - x.ndim in spec.axes else n for i, n in enumerate(x.shape)]
+            *mean, rstd = (statistic.reshape(kept) for statistic in rest)
+            high, low = mean if spec.center else (None, None)
+            moments = Moments(high, low, rstd)
+        return Forward(y.reshape(x.shape), total, moments)
+
+    return run
+
+
+def backward(problem: Problem) -> Callable[..., Backward]:
+    rows = _rows.as_rows(problem)
+    assert not isinstance(rows, str)
+    matrix, stats = (rows.rows, rows.features), (rows.rows,)
+
+    def run(
+        x: Any,
+        scale: Any,
+        mask: None,
+        moments: Moments,
+        dy: Any,
+        dtotal: Any,
+        dmean: Any,
+        drstd: Any,
+        *,
+        spec: NormSpec,
+        scale_shape: tuple[int, ...] | None,
+        bias_shape: tuple[int, ...] | None,
+    ) -> Backward:
+        del mask
+        compute = _equations.compute_dtype(x.dtype)
+        gradients = [
+            None
+            if groups is None
+            else jax.ShapeDtypeStruct((groups, rows.features), compute)
+            for groups in (rows.dscale_groups, rows.bias_groups)
+        ]
+        operands = [
+            x.reshape(matrix),
+            *_each(scale, (-1, rows.features)),
+            *(
+                statistic.reshape(stats)
+                for statistic in moments
+                if statistic is not None
+            ),
+            dy.reshape(matrix),
+            *_each(dtotal, matrix),
+            *_each(dmean, stats),
+            *_each(drstd, stats),
+        ]
+        dx, *rest = jax.ffi.ffi_call(
+            BACKWARD,
+            [jax.ShapeDtypeStruct(matrix, x.dtype), *(g for g in gradients if g)],
+        )(
+            *operands,
+            has=_letters(
+                s=scale, t=dtotal, m=dmean, d=drstd, S=scale_shape, B=bias_shape
+            ),
+            center=spec.center,
+            scale_offset=np.float64(spec.scale_offset),
+        )
+        dscale, dbias = (
+            None if shape is None else rest.pop(0).reshape(shape)
+            for shape in (scale_shape, bias_shape)
+        )
+        return Backward(dx.reshape(x.shape), dscale, dbias)
+
+    return run
+
+
+def _each(operand: Any, shape: tuple[int, ...]) -> list[Any]:
+    """`operand` in `shape`, where there is one."""
+    return [] if operand is None else [operand.reshape(shape)]
+
+
+def _letters(**present: Any) -> str:
+    """The letters of those that are there, as `native_cpu.cc` reads them."""
+    return "".join(letter for letter, value in present.items() if value is not None)
+
+
+@functools.cache
+def _not_loaded() -> str | None:
+    """Loads the library and registers its handlers; why that cannot be, or None."""
+    # Of an editable install, the library is not beside this file, but in the same package.
+    for folder in sys.modules[__name__.rpartition(".")[0]].__path__:
+        library = pathlib.Path(folder, LIBRARY)
+        if library.exists():
+            return _load(library, pathlib.Path(jax.ffi.include_dir()))
+    return (
+        "its library was not compiled when the package was installed, which takes a C++"
+        " compiler"
+    )
+
+
+def _load(library: pathlib.Path, headers: pathlib.Path) -> str | None:
+    try:
+        handlers = ctypes.CDLL(str(library))
+    except OSError as error:
+        return f"its library does not load: {error}"
+    needed = (ctypes.c_int * 2).in_dll(handlers, "jax_layernorm_ffi_api_version")
+    spoken = _ffi_api_version(headers)
+    # A handler that XLA finds too new makes the whole CPU backend fail once it is
+    # registered, so the versions are compared before.
+    if spoken is None:
+        return f"the version of jaxlib's FFI is not found in {headers}"
+    if spoken[0] != needed[0] or spoken[1] < needed[1]:
+        return (
+            f"its library needs version {needed[0]}.{needed[1]} of XLA's FFI, and this"
+            f" jaxlib has {spoken[0]}.{spoken[1]}; build it against an older one"
+        )
+    for name in (FORWARD, BACKWARD):
+        handler = jax.ffi.pycapsule(getattr(handlers, name))
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")
+    return None
+
+
+def _ffi_api_version(headers: pathlib.Path) -> tuple[int, int] | None:
+    """That of the installed jaxlib, from the headers it comes with."""
+    try:
+        text = (headers / "xla" / "ffi" / "api" / "c_api.h").read_text()
+    except OSError:
+        return None
+    found = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)", text))
+    return (int(found["MAJOR"]), int(found["MINOR"])) if len(found) == 2 else None

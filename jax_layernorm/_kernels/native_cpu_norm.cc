@@ -1,0 +1,241 @@
+#include "native_cpu_norm.h"
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+
+namespace jax_layernorm {
+namespace {
+
+// Below this many elements for each thread, waking another costs more than it saves.
+constexpr int64_t kElementsForAThread = 32 * 1024;
+constexpr int64_t kChunkElements = 16 * 1024;
+// A sum and what is computed from it stay in the first-level cache.
+constexpr int64_t kAddedElements = 4096;
+// Rows over which dscale and dbias are summed before the sums are: blocks large enough
+// that their sums are little beside x, few enough that adding them up is too, many enough
+// for many threads.
+constexpr int64_t kLeastBlockRows = 16;
+constexpr int64_t kLeastBlockElements = 8 * 1024;
+constexpr int64_t kMostBlocks = 64;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class T>
+T* advance(T* data, Dtype dtype, int64_t elements) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+  if (data == nullptr) return nullptr;
+  return static_cast<Byte*>(data) + elements * kBytesOf[dtype];
+}
+
+int64_t helpers_for(int64_t elements) { return elements / kElementsForAThread - 1; }
+
+// scale_offset + scale, or bias, in the dtype of the arithmetic.
+class Parameter {
+ public:
+  Parameter(const In& in, double offset, int64_t rows, int64_t features, Dtype compute,
+            const RowKernels& kernels, int slot)
+      : in_(in), offset_(offset), rows_each_(rows / in.groups), features_(features),
+        compute_(compute), widen_(kernels.widen[compute == kFloat64][in.dtype]),
+        slot_(slot), as_given_(in.dtype == compute && offset == 0) {
+    if (in.groups == 1) shared_ = of_row(0, once_);
+  }
+
+  const void* of_row(int64_t row, Scratch& scratch) const {
+    if (shared_ != nullptr || in_.data == nullptr) return shared_;
+    const void* from = advance(in_.data, in_.dtype, row / rows_each_ * features_);
+    if (as_given_) return from;
+    void* to = scratch.bytes(slot_, features_ * kBytesOf[compute_]);
+    widen_(from, offset_, to, features_);
+    return to;
+  }
+
+  // The row up to which the parameter is that of `row`.
+  int64_t until(int64_t row) const { return (row / rows_each_ + 1) * rows_each_; }
+
+ private:
+  const In& in_;
+  const double offset_;
+  const int64_t rows_each_, features_;
+  const Dtype compute_;
+  void (*const widen_)(const void*, double, void*, int64_t);
+  const int slot_;
+  const bool as_given_;
+  Scratch once_;
+  const void* shared_ = nullptr;
+};
+
+// A parameter's gradient: sums over rows. Blocks of rows are summed one after the other,
+// by any thread; then, where a group has several, the blocks' sums, in their order.
+struct Gradient {
+  Out out;
+  int64_t rows_each = 0;   // in a group
+  int64_t blocks_each = 0; // in a group; 0 where a block holds one or several groups
+  std::unique_ptr<char[]> partial;
+
+  void* row_for(int64_t row, int64_t block, int64_t features) const {
+    if (out.data == nullptr) return nullptr;
+    if (partial == nullptr) {
+      return advance(out.data, out.dtype, row / rows_each * features);
+    }
+    return advance<void>(partial.get(), out.dtype, block * features);
+  }
+};
+
+// Runs of at most `rows` rows that cross no multiple of `unit`.
+struct Blocks {
+  int64_t rows, unit, in_a_unit, count;
+};
+
+Blocks blocks_of(const Backward& p, const Gradient& a, const Gradient& b) {
+  int64_t rows = std::max({kLeastBlockRows, ceil_div(p.rows, kMostBlocks),
+                           ceil_div(kLeastBlockElements, p.features)});
+  int64_t unit = p.rows;
+  int64_t inside = 4;  // a whole number of these fit a block: rows taken together, groups
+  for (const Gradient* gradient : {&a, &b}) {
+    if (gradient->out.data == nullptr) continue;
+    if (gradient->rows_each < rows) {
+      inside = std::max(inside % gradient->rows_each ? 1 : inside, gradient->rows_each);
+    } else {
+      unit = std::min(unit, gradient->rows_each);
+    }
+  }
+  rows = std::min(ceil_div(rows, inside) * inside, unit);
+  const int64_t in_a_unit = ceil_div(unit, rows);
+  return {rows, unit, in_a_unit, p.rows / unit * in_a_unit};
+}
+
+bool sum_blocks(const Gradient& g, int64_t features, Dtype compute,
+                const RowKernels& kernels, Pool& pool) {
+  if (g.partial == nullptr) return true;
+  const auto sum = kernels.sum[compute == kFloat64];
+  const int64_t columns = 1024, strips = ceil_div(features, columns);
+  const int64_t elements = g.out.groups * g.blocks_each * features;
+  return parallel_for(
+      pool, g.out.groups * strips, helpers_for(elements),
+      [&](int64_t chunk, Scratch&) {
+        const int64_t group = chunk / strips, first = chunk % strips * columns;
+        const int64_t from = group * g.blocks_each * features + first;
+        sum(advance<void>(g.partial.get(), compute, from), g.blocks_each, features,
+            advance(g.out.data, compute, group * features + first),
+            std::min(columns, features - first));
+      });
+}
+
+}  // namespace
+
+const RowKernels& best_kernels() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("fma")) {
+    return kAvx512Kernels;
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
+    return kAvx2Kernels;
+  }
+#endif
+  return kBaselineKernels;
+}
+
+bool run(const Forward& p, const RowKernels& kernels, Pool& pool) try {
+  const bool adds = p.residual.data != nullptr;
+  const Dtype normalized = adds ? p.total.dtype : p.x.dtype;
+  const Dtype compute = computed(normalized);
+  const Parameter gamma(p.scale, p.scale_offset, p.rows, p.features, compute, kernels, 0);
+  const Parameter bias(p.bias, 0, p.rows, p.features, compute, kernels, 1);
+  const auto forward = kernels.forward[p.center][normalized][p.y.dtype];
+  const auto add = kernels.add[p.x.dtype][p.residual.dtype];
+  const int64_t most = adds ? std::max<int64_t>(1, kAddedElements / p.features) : p.rows;
+  const int64_t chunk_rows = std::max<int64_t>(1, kChunkElements / p.features);
+
+  const auto body = [&](int64_t chunk, Scratch& scratch) {
+    const int64_t end = std::min(p.rows, (chunk + 1) * chunk_rows);
+    for (int64_t row = chunk * chunk_rows; row < end;) {
+      const int64_t stop = std::min({end, row + most, gamma.until(row), bias.until(row)});
+      const int64_t element = row * p.features, rows = stop - row;
+      ForwardRows a{};
+      a.rows = rows;
+      a.features = p.features;
+      a.epsilon = p.epsilon;
+      a.x = advance(p.x.data, p.x.dtype, element);
+      if (adds) {
+        void* total = advance(p.total.data, p.total.dtype, element);
+        add(a.x, advance(p.residual.data, p.residual.dtype, element), total,
+            rows * p.features);
+        a.x = total;
+      }
+      a.gamma = gamma.of_row(row, scratch);
+      a.bias = bias.of_row(row, scratch);
+      a.y = advance(p.y.data, p.y.dtype, element);
+      a.mean = advance(p.mean.data, compute, row);
+      a.mean_low = advance(p.mean_low.data, compute, row);
+      a.rstd = advance(p.rstd.data, compute, row);
+      forward(a);
+      row = stop;
+    }
+  };
+  return parallel_for(pool, ceil_div(p.rows, chunk_rows),
+                      helpers_for(p.rows * p.features), body);
+} catch (const std::bad_alloc&) {
+  return false;
+}
+
+bool run(const Backward& p, const RowKernels& kernels, Pool& pool) try {
+  const Dtype compute = computed(p.x.dtype);
+  const Parameter gamma(p.scale, p.scale_offset, p.rows, p.features, compute, kernels, 0);
+  const auto backward = kernels.backward[p.center][p.x.dtype][p.dy.dtype];
+
+  Gradient dscale{p.dscale, p.rows / p.dscale.groups, 0, nullptr};
+  Gradient dbias{p.dbias, p.rows / p.dbias.groups, 0, nullptr};
+  const Blocks blocks = blocks_of(p, dscale, dbias);
+  for (Gradient* g : {&dscale, &dbias}) {
+    if (g->out.data == nullptr || g->rows_each <= blocks.rows) continue;
+    g->blocks_each = blocks.count / g->out.groups;
+    g->partial.reset(new char[blocks.count * p.features * kBytesOf[compute]]);
+  }
+
+  const auto body = [&](int64_t block, Scratch& scratch) {
+    const int64_t unit = block / blocks.in_a_unit * blocks.unit;
+    const int64_t begin = unit + block % blocks.in_a_unit * blocks.rows;
+    const int64_t end = std::min(begin + blocks.rows, unit + blocks.unit);
+    for (int64_t row = begin; row < end;) {
+      int64_t stop = std::min(end, gamma.until(row));
+      BackwardRows a{};
+      void** const sums[] = {&a.dscale, &a.dbias};
+      const Gradient* const gradients[] = {&dscale, &dbias};
+      for (int i = 0; i < 2; ++i) {
+        const Gradient& g = *gradients[i];
+        *sums[i] = g.row_for(row, block, p.features);
+        if (*sums[i] == nullptr) continue;
+        if (row == begin || row % g.rows_each == 0) {
+          std::memset(*sums[i], 0, p.features * kBytesOf[compute]);
+        }
+        stop = std::min(stop, (row / g.rows_each + 1) * g.rows_each);
+      }
+      const int64_t element = row * p.features;
+      a.rows = stop - row;
+      a.features = p.features;
+      a.x = advance(p.x.data, p.x.dtype, element);
+      a.dy = advance(p.dy.data, p.dy.dtype, element);
+      a.dtotal = advance(p.dtotal.data, p.x.dtype, element);
+      a.gamma = gamma.of_row(row, scratch);
+      a.mean = advance(p.mean.data, compute, row);
+      a.mean_low = advance(p.mean_low.data, compute, row);
+      a.rstd = advance(p.rstd.data, compute, row);
+      a.dmean = advance(p.dmean.data, compute, row);
+      a.drstd = advance(p.drstd.data, compute, row);
+      a.dx = advance(p.dx.data, p.dx.dtype, element);
+      backward(a);
+      row = stop;
+    }
+  };
+  return parallel_for(pool, blocks.count, helpers_for(p.rows * p.features), body) &&
+         sum_blocks(dscale, p.features, compute, kernels, pool) &&
+         sum_blocks(dbias, p.features, compute, kernels, pool);
+} catch (const std::bad_alloc&) {
+  return false;
+}
+
+}  // namespace jax_layernorm

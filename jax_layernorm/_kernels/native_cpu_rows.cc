@@ -1,0 +1,307 @@
+// The formulas of _equations.py for runs of rows, in vectors of the instruction set
+// that this file is compiled for; JLN_KERNELS names the table it defines.
+//
+// A row is read from memory once: what a later pass over it needs is still in the cache.
+// Sums run in vectors of partial sums of at most kTerms terms, in a fixed order, and the
+// sums of these in float64: a long row costs no accuracy.
+
+#include <cmath>
+#include <type_traits>
+
+#include "native_cpu_rows.h"
+#include "native_cpu_simd.h"
+
+namespace jax_layernorm {
+namespace {
+
+constexpr int64_t kTerms = 64;
+
+template <class T>
+using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// Calls step(i, Whole{}) for each whole register of elements in begin .. end, and
+// step(i, Part{n}) for what is left.
+template <class C, class Step>
+JLN_INLINE void for_each(int64_t begin, int64_t end, Step step) {
+  constexpr int N = kLanes<C>;
+  int64_t i = begin;
+  for (; i + N <= end; i += N) step(i, Whole{});
+  if (i < end) step(i, Part{static_cast<int>(end - i)});
+}
+
+// For each of R rows, S sums over its elements: accumulate(i, which, sums) adds the terms
+// of a register of each row to the vectors sums[row][s]. U sets of these take turns, so
+// that additions need not wait for each other.
+template <int R, int U, int S, class C, class Accumulate>
+JLN_INLINE void row_sums(int64_t features, double (&totals)[S][R], C,
+                         Accumulate accumulate) {
+  constexpr int N = kLanes<C>;
+  constexpr int64_t block = kTerms * U * N;
+  for (int64_t begin = 0; begin < features; begin += block) {
+    const int64_t end = features - begin < block ? features : begin + block;
+    Register<C> sums[U][R][S] = {};
+    int64_t i = begin;
+    for (; i + U * N <= end; i += U * N) {
+      for (int u = 0; u < U; ++u) accumulate(i + u * N, Whole{}, sums[u]);
+    }
+    for_each<C>(i, end, [&](int64_t j, auto which) { accumulate(j, which, sums[0]); });
+    for (int s = 0; s < S; ++s) {
+      for (int k = 0; k < R; ++k) {
+        Register<C> sum = sums[0][k][s];
+        for (int u = 1; u < U; ++u) sum += sums[u][k][s];
+        totals[s][k] += sum_of_lanes<C, N>(sum);
+      }
+    }
+  }
+}
+
+// Several short rows together, since each alone would wait for its sums.
+template <class X, class Y, bool kCenter, int R>
+JLN_INLINE void forward_together(const ForwardRows& a, int64_t row) {
+  using C = Compute<X>;
+  using V = Register<C>;
+  constexpr int U = R == 1 ? 4 : 1;
+  const int64_t features = a.features;
+  const C share = static_cast<C>(1.0 / static_cast<double>(features));
+  const auto* gamma = static_cast<const C*>(a.gamma);
+  const auto* bias = static_cast<const C*>(a.bias);
+  const X* x = static_cast<const X*>(a.x) + row * features;
+  Y* y = static_cast<Y*>(a.y) + row * features;
+
+  C mean[R] = {}, low[R] = {}, rstd[R];
+  if constexpr (kCenter) {
+    double sums[1][R] = {};
+    row_sums<R, U, 1>(features, sums, C{}, [&](int64_t i, auto which, V(*sum)[1]) {
+      for (int k = 0; k < R; ++k) {
+        sum[k][0] += load<C>(x + k * features + i, which) * all<V>(share);
+      }
+    });
+    for (int k = 0; k < R; ++k) mean[k] = static_cast<C>(sums[0][k]);
+  }
+  double sums[2][R] = {};
+  row_sums<R, U, 2>(features, sums, C{}, [&](int64_t i, auto which, V(*sum)[2]) {
+    for (int k = 0; k < R; ++k) {
+      __builtin_prefetch(y + k * features + i, 1);  // to be written next
+      V c = load<C>(x + k * features + i, which);
+      if constexpr (kCenter) {
+        c = only<C>(c - all<V>(mean[k]), which);
+        sum[k][1] += c * all<V>(share);
+      }
+      sum[k][0] += c * c;
+    }
+  });
+  for (int k = 0; k < R; ++k) {
+    double square = static_cast<C>(sums[0][k]);
+    if constexpr (kCenter) {
+      low[k] = static_cast<C>(sums[1][k]);
+      if (square != HUGE_VAL) {  // where inf - inf would be NaN
+        square -= static_cast<double>(features) * low[k] * low[k];
+        if (square < 0) square = 0;
+      }
+    }
+    const double variance = square / static_cast<double>(features);
+    rstd[k] = static_cast<C>(1.0 / std::sqrt(variance + a.epsilon));
+  }
+  for_each<C>(0, features, [&](int64_t i, auto which) {
+    V factor{}, shift{};
+    if (gamma != nullptr) factor = load<C>(gamma + i, which);
+    if (bias != nullptr) shift = load<C>(bias + i, which);
+    for (int k = 0; k < R; ++k) {
+      __builtin_prefetch(x + (R + k) * features + i);  // the next rows
+      V v = load<C>(x + k * features + i, which);
+      if constexpr (kCenter) v = (v - all<V>(mean[k])) - all<V>(low[k]);
+      v = v * all<V>(rstd[k]);
+      if (gamma != nullptr) v = v * factor;
+      if (bias != nullptr) v = v + shift;
+      store<C>(y + k * features + i, v, which);
+    }
+  });
+  if (a.rstd != nullptr) {
+    for (int k = 0; k < R; ++k) {
+      if constexpr (kCenter) {
+        const C high = mean[k] + low[k];  // which is the mean, rounded
+        static_cast<C*>(a.mean)[row + k] = high;
+        static_cast<C*>(a.mean_low)[row + k] = (mean[k] - high) + low[k];
+      }
+      static_cast<C*>(a.rstd)[row + k] = rstd[k];
+    }
+  }
+}
+
+constexpr int kTogether = 4;
+
+template <class X, class Y, bool kCenter>
+void forward(const ForwardRows& a) {
+  int64_t row = 0;
+  if constexpr (std::is_same_v<X, Y>) {  // the usual case; the others stay small
+    if (a.features <= kShortRow) {
+      for (; row + kTogether <= a.rows; row += kTogether) {
+        forward_together<X, Y, kCenter, kTogether>(a, row);
+      }
+    }
+  }
+  for (; row < a.rows; ++row) forward_together<X, Y, kCenter, 1>(a, row);
+}
+
+// R rows together, so that gamma, dscale and dbias are loaded once for all of them.
+template <class X, class DY, bool kCenter, int R>
+JLN_INLINE void backward_together(const BackwardRows& a, int64_t row) {
+  using C = Compute<X>;
+  using V = Register<C>;
+  const int64_t features = a.features;
+  const C share = static_cast<C>(1.0 / static_cast<double>(features));
+  const auto* gamma = static_cast<const C*>(a.gamma);
+  auto* dscale = static_cast<C*>(a.dscale);
+  auto* dbias = static_cast<C*>(a.dbias);
+  const X* x = static_cast<const X*>(a.x) + row * features;
+  const DY* dy = static_cast<const DY*>(a.dy) + row * features;
+  X* dx = static_cast<X*>(a.dx) + row * features;
+  C mean[R] = {}, low[R] = {}, rstd[R];
+  for (int k = 0; k < R; ++k) {
+    if constexpr (kCenter) {
+      mean[k] = static_cast<const C*>(a.mean)[row + k];
+      low[k] = static_cast<const C*>(a.mean_low)[row + k];
+    }
+    rstd[k] = static_cast<const C*>(a.rstd)[row + k];
+  }
+  const auto x_hat = [&](int k, int64_t i, auto which) {
+    V c = load<C>(x + k * features + i, which);
+    if constexpr (kCenter) c = (c - all<V>(mean[k])) - all<V>(low[k]);
+    return c * all<V>(rstd[k]);
+  };
+
+  double sums[2][R] = {};
+  constexpr int U = R == 1 ? 2 : 1;
+  row_sums<R, U, 2>(features, sums, C{}, [&](int64_t i, auto which, V(*sum)[2]) {
+    V scale_sum{}, bias_sum{};
+    V factor = all<V>(C{1});
+    if (gamma != nullptr) factor = load<C>(gamma + i, which);
+    if (dscale != nullptr) scale_sum = load<C>(dscale + i, which);
+    if (dbias != nullptr) bias_sum = load<C>(dbias + i, which);
+    for (int k = 0; k < R; ++k) {
+      __builtin_prefetch(dx + k * features + i, 1);  // to be written next
+      const V h = only<C>(x_hat(k, i, which), which);
+      const V d = load<C>(dy + k * features + i, which);
+      const V g = d * factor;
+      sum[k][0] += g * h;
+      if constexpr (kCenter) sum[k][1] += g;
+      scale_sum += d * h;
+      bias_sum += d;
+    }
+    if (dscale != nullptr) store<C>(dscale + i, scale_sum, which);
+    if (dbias != nullptr) store<C>(dbias + i, bias_sum, which);
+  });
+
+  for (int k = 0; k < R; ++k) {
+    C along_x_hat = static_cast<C>(sums[0][k]);
+    if (a.drstd != nullptr) {
+      along_x_hat += rstd[k] * static_cast<const C*>(a.drstd)[row + k];
+    }
+    along_x_hat *= share;
+    const C mean_g = static_cast<C>(sums[1][k]) * share;
+    C dmean = 0;
+    if (a.dmean != nullptr) dmean = static_cast<const C*>(a.dmean)[row + k] * share;
+    const X* dtotal = static_cast<const X*>(a.dtotal);
+    if (dtotal != nullptr) dtotal += (row + k) * features;
+    for_each<C>(0, features, [&](int64_t i, auto which) {
+      __builtin_prefetch(x + (R + k) * features + i);  // the next rows
+      __builtin_prefetch(dy + (R + k) * features + i);
+      V g = load<C>(dy + k * features + i, which);
+      if (gamma != nullptr) g = g * load<C>(gamma + i, which);
+      V v = g - x_hat(k, i, which) * all<V>(along_x_hat);
+      if constexpr (kCenter) v = v - all<V>(mean_g);
+      v = all<V>(rstd[k]) * v;
+      if constexpr (kCenter) v = v + all<V>(dmean);
+      if (dtotal != nullptr) v = v + load<C>(dtotal + i, which);
+      store<C>(dx + k * features + i, v, which);
+    });
+  }
+}
+
+template <class X, class DY, bool kCenter>
+void backward(const BackwardRows& a) {
+  int64_t row = 0;
+  if constexpr (std::is_same_v<X, DY>) {  // the usual case; the others stay small
+    const int64_t row_bytes = a.features * int64_t{sizeof(X) + sizeof(DY)};
+    if (kTogether * row_bytes <= kCachedBytes) {
+      for (; row + kTogether <= a.rows; row += kTogether) {
+        backward_together<X, DY, kCenter, kTogether>(a, row);
+      }
+    }
+  }
+  for (; row < a.rows; ++row) backward_together<X, DY, kCenter, 1>(a, row);
+}
+
+template <class X, class Residual>
+void add(const void* x, const void* residual, void* total, int64_t n) {
+  // The promoted dtype, by JAX's rules: of two half-precision dtypes, float32.
+  using Total = std::conditional_t<
+      std::is_same_v<X, Residual>, X,
+      std::conditional_t<std::is_same_v<X, double> || std::is_same_v<Residual, double>,
+                         double, float>>;
+  using C = Compute<Total>;
+  for_each<C>(0, n, [&](int64_t i, auto which) {
+    const auto sum = load<C>(static_cast<const Residual*>(residual) + i, which) +
+                     load<C>(static_cast<const X*>(x) + i, which);
+    store<C>(static_cast<Total*>(total) + i, sum, which);
+  });
+}
+
+template <class C, class T>
+void widen(const void* from, double offset, void* to, int64_t n) {
+  using V = Register<C>;
+  const C added = static_cast<C>(offset);
+  for_each<C>(0, n, [&](int64_t i, auto which) {
+    const V v = load<C>(static_cast<const T*>(from) + i, which);
+    store<C>(static_cast<C*>(to) + i, added == 0 ? v : v + all<V>(added), which);
+  });
+}
+
+template <class C>
+void sum(const void* from, int64_t count, int64_t stride, void* to, int64_t n) {
+  for_each<double>(0, n, [&](int64_t i, auto which) {
+    Register<double> sums{};
+    for (int64_t k = 0; k < count; ++k) {
+      sums += load<double>(static_cast<const C*>(from) + k * stride + i, which);
+    }
+    store<double>(static_cast<C*>(to) + i, sums, which);
+  });
+}
+
+#define JLN_BY_Y(function, X, center)                                     \
+  {                                                                       \
+    function<X, float, center>, function<X, BFloat16, center>,            \
+        function<X, Float16, center>, function<X, double, center>         \
+  }
+#define JLN_BY_X(function, center)                                        \
+  {                                                                       \
+    JLN_BY_Y(function, float, center), JLN_BY_Y(function, BFloat16, center), \
+        JLN_BY_Y(function, Float16, center), JLN_BY_Y(function, double, center) \
+  }
+#define JLN_ADD(X) \
+  { add<X, float>, add<X, BFloat16>, add<X, Float16>, add<X, double> }
+#define JLN_WIDEN(C) \
+  { widen<C, float>, widen<C, BFloat16>, widen<C, Float16>, widen<C, double> }
+
+#if JLN_AVX512
+constexpr const char* kName = "AVX-512";
+#elif defined(__AVX2__)
+constexpr const char* kName = "AVX2";
+#elif defined(__SSE2__)
+constexpr const char* kName = "SSE2";
+#else
+constexpr const char* kName = "128-bit vectors";
+#endif
+
+}  // namespace
+
+const RowKernels JLN_KERNELS = {
+    kName,
+    {JLN_BY_X(forward, false), JLN_BY_X(forward, true)},
+    {JLN_BY_X(backward, false), JLN_BY_X(backward, true)},
+    {JLN_ADD(float), JLN_ADD(BFloat16), JLN_ADD(Float16), JLN_ADD(double)},
+    {JLN_WIDEN(float), JLN_WIDEN(double)},
+    {sum<float>, sum<double>},
+};
+
+}  // namespace jax_layernorm

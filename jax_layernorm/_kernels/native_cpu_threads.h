@@ -1,0 +1,119 @@
+// Chunks of work, claimed by the threads of a pool and by the caller.
+
+#ifndef JAX_LAYERNORM_NATIVE_CPU_THREADS_H_
+#define JAX_LAYERNORM_NATIVE_CPU_THREADS_H_
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <new>
+
+namespace jax_layernorm {
+
+class Pool {
+ public:
+  virtual ~Pool() = default;
+  virtual int64_t threads() const = 0;
+  // Runs the task on some thread, at once or much later.
+  virtual void schedule(std::function<void()> task) = 0;
+};
+
+// Memory that one thread uses for one chunk after the other.
+class Scratch {
+ public:
+  void* bytes(int slot, int64_t size) {
+    Buffer& buffer = buffers_[slot];
+    if (buffer.size < size) {
+      buffer.data.reset(new char[size]);
+      buffer.size = size;
+    }
+    return buffer.data.get();
+  }
+
+ private:
+  struct Buffer {
+    std::unique_ptr<char[]> data;
+    int64_t size = 0;
+  };
+  Buffer buffers_[2];
+};
+
+namespace internal {
+
+// What the threads share. It outlives the call that made it, held by tasks that a busy
+// pool gets to late; those find no chunk left and touch nothing else.
+struct Chunks {
+  int64_t count;
+  std::function<void(int64_t, Scratch&)> body;  // refers to the caller's variables
+  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> done{0};
+  std::atomic<bool> out_of_memory{false};
+  std::mutex mutex;
+  std::condition_variable all_done;
+
+  void work() {
+    Scratch scratch;
+    int64_t own = 0;
+    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count; ++own) {
+      try {
+        body(i, scratch);
+      } catch (const std::bad_alloc&) {
+        out_of_memory.store(true, std::memory_order_relaxed);
+      }
+    }
+    if (own != 0 && done.fetch_add(own, std::memory_order_acq_rel) + own == count) {
+      std::lock_guard<std::mutex> lock(mutex);
+      all_done.notify_all();
+    }
+  }
+
+  void wait() {
+    // The others are at their last chunks: a few microseconds, less than sleeping takes.
+    for (int i = 0; i < 4000; ++i) {
+      if (done.load(std::memory_order_acquire) == count) return;
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
+#endif
+    }
+    std::unique_lock<std::mutex> lock(mutex);
+    all_done.wait(lock,
+                  [&] { return done.load(std::memory_order_acquire) == count; });
+  }
+};
+
+}  // namespace internal
+
+// Calls body(chunk, scratch) for each chunk in 0 .. chunks, on the calling thread and up
+// to `helpers` of the pool's. The caller claims chunks too and waits only for those that
+// another thread is working on, so that a busy pool delays nothing and no number of calls
+// at once can lock each other. False: memory ran out, and the results are not complete.
+template <class Body>
+bool parallel_for(Pool& pool, int64_t chunks, int64_t helpers, const Body& body) {
+  helpers = std::min({helpers, chunks - 1, pool.threads() - 1});
+  if (helpers <= 0) {
+    try {
+      Scratch scratch;
+      for (int64_t i = 0; i < chunks; ++i) body(i, scratch);
+    } catch (const std::bad_alloc&) {
+      return false;
+    }
+    return true;
+  }
+  auto shared = std::make_shared<internal::Chunks>();
+  shared->count = chunks;
+  shared->body = std::cref(body);
+  for (int64_t i = 0; i < helpers; ++i) {
+    pool.schedule([shared] { shared->work(); });
+  }
+  shared->work();
+  shared->wait();
+  return !shared->out_of_memory.load(std::memory_order_relaxed);
+}
+
+}  // namespace jax_layernorm
+
+#endif  // JAX_LAYERNORM_NATIVE_CPU_THREADS_H_

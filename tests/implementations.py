@@ -1,0 +1,31 @@
+"""The implementations, and which of them can run here, on the CPU of the tests."""
+
+import functools
+
+import jax
+import pytest
+
+import jax_layernorm as jln
+from jax_layernorm._kernels import KERNELS
+
+NAMES = tuple(KERNELS)
+chosen = {}  # set by the fixture `implementation`
+
+
+@functools.cache
+def missing(implementation):
+    """Why it cannot run here at all, or None."""
+    x = jax.ShapeDtypeStruct((4, 128), "float32")
+    norm = functools.partial(jln.layer_norm, implementation=implementation)
+    try:
+        jax.jit(norm).lower(jax.eval_shape(lambda: jln.init_params(128)), x)
+    except NotImplementedError as error:
+        return str(error)
+    return None
+
+
+def needed(implementation):
+    """Skips the test, with the reason, where `implementation` cannot run here at all."""
+    reason = missing(implementation)
+    if reason is not None:
+        pytest.skip(reason)
