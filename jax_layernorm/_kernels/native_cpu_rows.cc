@@ -2,8 +2,8 @@
 // that this file is compiled for; JLN_KERNELS names the table it defines.
 //
 // A row is read from memory once: what a later pass over it needs is still in the cache.
-// Sums run in vectors of partial sums of at most kTerms terms, in a fixed order, and the
-// sums of these in float64: a long row costs no accuracy.
+// A lane sums at most kTerms terms, then so many of these sums, and what that gives is
+// summed in float64: the order is fixed, and a long row costs no accuracy.
 
 #include <cmath>
 #include <type_traits>
@@ -14,7 +14,7 @@
 namespace jax_layernorm {
 namespace {
 
-constexpr int64_t kTerms = 64;
+constexpr int kTerms = 16;
 
 template <class T>
 using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -37,6 +37,8 @@ JLN_INLINE void row_sums(int64_t features, double (&totals)[S][R], C,
                          Accumulate accumulate) {
   constexpr int N = kLanes<C>;
   constexpr int64_t block = kTerms * U * N;
+  Register<C> of_blocks[S][R] = {};
+  int blocks = 0;
   for (int64_t begin = 0; begin < features; begin += block) {
     const int64_t end = features - begin < block ? features : begin + block;
     Register<C> sums[U][R][S] = {};
@@ -49,9 +51,17 @@ JLN_INLINE void row_sums(int64_t features, double (&totals)[S][R], C,
       for (int k = 0; k < R; ++k) {
         Register<C> sum = sums[0][k][s];
         for (int u = 1; u < U; ++u) sum += sums[u][k][s];
-        totals[s][k] += sum_of_lanes<C, N>(sum);
+        of_blocks[s][k] += sum;
       }
     }
+    if (++blocks < kTerms && end < features) continue;
+    for (int s = 0; s < S; ++s) {
+      for (int k = 0; k < R; ++k) {
+        totals[s][k] += sum_of_lanes<C, N>(of_blocks[s][k]);
+        of_blocks[s][k] = Register<C>{};
+      }
+    }
+    blocks = 0;
   }
 }
 
