@@ -2,8 +2,9 @@
 // that this file is compiled for; JLN_KERNELS names the table it defines.
 //
 // A row is read from memory once: what a later pass over it needs is still in the cache.
-// Sums run in several vectors of partial sums over at most kBlock elements, in a fixed
-// order, and over the blocks in float64.
+// Sums along a row run in vectors of partial sums over kBlock registers of elements, in a
+// fixed order, and over these blocks in vectors of float64. Sums over rows run over a few rows in
+// the dtype of the arithmetic, and over these in about twice its precision.
 
 #include <cmath>
 #include <type_traits>
@@ -14,7 +15,7 @@
 namespace jax_layernorm {
 namespace {
 
-constexpr int64_t kBlock = 4096;
+constexpr int64_t kBlock = 32;
 
 template <class T>
 using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -29,71 +30,179 @@ JLN_INLINE void for_each(int64_t begin, int64_t end, Step step) {
   if (i < end) step(i, Part{static_cast<int>(end - i)});
 }
 
-// The sum over a row of term(i, which), a register of terms.
-template <class C, class Term>
-JLN_INLINE C sum_over(int64_t features, Term term) {
-  using V = Register<C>;
-  constexpr int N = kLanes<C>;
-  double total = 0;
-  for (int64_t begin = 0; begin < features; begin += kBlock) {
-    const int64_t end = features - begin < kBlock ? features : begin + kBlock;
-    V sums[4] = {};
-    int64_t i = begin;
-    for (; i + 4 * N <= end; i += 4 * N) {
-      for (int k = 0; k < 4; ++k) sums[k] += term(i + k * N, Whole{});
+// Two float64 vectors, or one, with as many lanes as one of C.
+template <class C>
+struct WideSum {
+  Register<double> parts[sizeof(double) / sizeof(C)] = {};
+
+  JLN_INLINE void add(Register<C> v) {
+    constexpr int N = kLanes<double>;
+    struct { Vector<C, N> part[sizeof(double) / sizeof(C)]; } split;
+    std::memcpy(&split, &v, sizeof v);
+    for (size_t i = 0; i < sizeof(double) / sizeof(C); ++i) {
+      parts[i] += __builtin_convertvector(split.part[i], Register<double>);
     }
-    for_each<C>(i, end, [&](int64_t j, auto which) { sums[0] += term(j, which); });
-    total += sum_of_lanes<C, N>((sums[0] + sums[1]) + (sums[2] + sums[3]));
   }
-  return static_cast<C>(total);
+  JLN_INLINE double total() const {
+    Register<double> sum = parts[0];
+    if constexpr (sizeof(C) < sizeof(double)) sum += parts[1];
+    return sum_of_lanes<double, kLanes<double>>(sum);
+  }
+};
+
+// For each of R rows, S sums over its elements: accumulate(i, which, sums) adds the terms
+// of a register of each row to the vectors sums[row][s]. U sets of these take turns, so
+// that additions need not wait for each other.
+template <int R, int U, int S, class C, class Accumulate>
+JLN_INLINE void row_sums(int64_t features, double (&totals)[S][R], C,
+                         Accumulate accumulate) {
+  constexpr int N = kLanes<C>;
+  WideSum<C> wide[R][S];
+  for (int64_t begin = 0; begin < features; begin += kBlock * N) {
+    const int64_t end = features - begin < kBlock * N ? features : begin + kBlock * N;
+    Register<C> sums[U][R][S] = {};
+    int64_t i = begin;
+    for (; i + U * N <= end; i += U * N) {
+      for (int u = 0; u < U; ++u) accumulate(i + u * N, Whole{}, sums[u]);
+    }
+    for_each<C>(i, end, [&](int64_t j, auto which) { accumulate(j, which, sums[0]); });
+    for (int s = 0; s < S; ++s) {
+      for (int k = 0; k < R; ++k) {
+        for (int step = 1; step < U; step *= 2) {
+          for (int u = 0; u + step < U; u += 2 * step) sums[u][k][s] += sums[u + step][k][s];
+        }
+        if (begin == 0 && end == features) {  // a short row; the rest would cost as much
+          totals[s][k] = sum_of_lanes<C, N>(sums[0][k][s]);
+        } else {
+          wide[k][s].add(sums[0][k][s]);
+        }
+      }
+    }
+    if (begin == 0 && end == features) return;
+  }
+  for (int s = 0; s < S; ++s) {
+    for (int k = 0; k < R; ++k) totals[s][k] = wide[k][s].total();
+  }
 }
 
-template <class X, class Y, bool kCenter>
-void forward(const ForwardRows& a) {
+// What rounding takes from a + b (Knuth), whichever is the larger.
+JLN_INLINE Register<double> two_sum_error(Register<double> a, Register<double> b) {
+  const auto sum = a + b, b_there = sum - a;
+  return (a - (sum - b_there)) + (b - b_there);
+}
+
+// Several short rows together, since each alone would wait for its sums.
+template <class X, class Y, bool kCenter, int R>
+JLN_INLINE void forward_together(const ForwardRows& a, int64_t row) {
   using C = Compute<X>;
   using V = Register<C>;
+  constexpr int U = R == 1 ? 4 : 1;
   const int64_t features = a.features;
   const C share = static_cast<C>(1.0 / static_cast<double>(features));
   const auto* gamma = static_cast<const C*>(a.gamma);
   const auto* bias = static_cast<const C*>(a.bias);
-  for (int64_t row = 0; row < a.rows; ++row) {
-    const X* x = static_cast<const X*>(a.x) + row * features;
-    Y* y = static_cast<Y*>(a.y) + row * features;
-    C mean = 0, correction = 0;
-    if constexpr (kCenter) {
-      mean = sum_over<C>(features, [&](int64_t i, auto which) {
-        return load<C>(x + i, which) * all<V>(share);
-      });
-      correction = sum_over<C>(features, [&](int64_t i, auto which) {
-        const V c = load<C>(x + i, which) - all<V>(mean);
-        return only<C>(c, which) * all<V>(share);
-      });
-    }
-    const auto deviation = [&](int64_t i, auto which) {
-      V c = load<C>(x + i, which);
-      if constexpr (kCenter) c = (c - all<V>(mean)) - all<V>(correction);
-      return c;
-    };
-    const C square = sum_over<C>(features, [&](int64_t i, auto which) {
-      const V c = only<C>(deviation(i, which), which);
-      return c * c;
-    });
-    const double variance = static_cast<double>(square * share);
-    const C rstd = static_cast<C>(1.0 / std::sqrt(variance + a.epsilon));
-    for_each<C>(0, features, [&](int64_t i, auto which) {
-      V v = deviation(i, which) * all<V>(rstd);
-      if (gamma != nullptr) v = v * load<C>(gamma + i, which);
-      if (bias != nullptr) v = v + load<C>(bias + i, which);
-      store<C>(y + i, v, which);
-    });
-    if (a.rstd != nullptr) {
-      if constexpr (kCenter) {
-        const C high = mean + correction;  // two words, as _equations._two_sum
-        static_cast<C*>(a.mean)[row] = high;
-        static_cast<C*>(a.mean_low)[row] = (mean - high) + correction;
+  const X* x = static_cast<const X*>(a.x) + row * features;
+  Y* y = static_cast<Y*>(a.y) + row * features;
+
+  C mean[R] = {}, low[R] = {}, rstd[R];
+  if constexpr (kCenter) {
+    double sums[1][R] = {};
+    row_sums<R, U, 1>(features, sums, C{}, [&](int64_t i, auto which, V(*sum)[1]) {
+      for (int k = 0; k < R; ++k) {
+        sum[k][0] += load<C>(x + k * features + i, which) * all<V>(share);
       }
-      static_cast<C*>(a.rstd)[row] = rstd;
+    });
+    for (int k = 0; k < R; ++k) mean[k] = static_cast<C>(sums[0][k]);
+  }
+  double sums[2][R] = {};
+  row_sums<R, U, 2>(features, sums, C{}, [&](int64_t i, auto which, V(*sum)[2]) {
+    for (int k = 0; k < R; ++k) {
+      V c = load<C>(x + k * features + i, which);
+      if constexpr (kCenter) {
+        c = only<C>(c - all<V>(mean[k]), which);
+        sum[k][1] += c;
+      }
+      sum[k][0] += c * c;
     }
+  });
+  const double count = static_cast<double>(features);
+  // For float64 divided: of a constant row, the elements less their mean are some units in
+  // the last place, all the same, and their mean must be that number, exactly. (For
+  // float32 the rounding from float64 sees to that.)
+  const auto average = [&](double sum) {
+    return std::is_same_v<C, double> ? sum / count : sum * (1.0 / count);
+  };
+  for (int k = 0; k < R; ++k) {
+    double square = static_cast<C>(sums[0][k]);
+    if constexpr (kCenter) {
+      low[k] = static_cast<C>(average(sums[1][k]));
+      const double less = square - count * low[k] * low[k];
+      // Where it is infinite, inf - inf would be NaN.
+      square = square == HUGE_VAL ? square : less < 0 ? 0 : less;
+    }
+    rstd[k] = static_cast<C>(1.0 / std::sqrt(average(square) + a.epsilon));
+  }
+  for_each<C>(0, features, [&](int64_t i, auto which) {
+    V factor{}, shift{};
+    if (gamma != nullptr) factor = load<C>(gamma + i, which);
+    if (bias != nullptr) shift = load<C>(bias + i, which);
+    for (int k = 0; k < R; ++k) {
+      V v = load<C>(x + k * features + i, which);
+      if constexpr (kCenter) v = (v - all<V>(mean[k])) - all<V>(low[k]);
+      v = v * all<V>(rstd[k]);
+      if (gamma != nullptr) v = v * factor;
+      if (bias != nullptr) v = v + shift;
+      store<C>(y + k * features + i, v, which);
+    }
+  });
+  if (a.rstd != nullptr) {
+    for (int k = 0; k < R; ++k) {
+      if constexpr (kCenter) {
+        static_cast<C*>(a.mean)[row + k] = mean[k];
+        static_cast<C*>(a.mean_low)[row + k] = low[k];
+      }
+      static_cast<C*>(a.rstd)[row + k] = rstd[k];
+    }
+  }
+}
+
+constexpr int kTogether = 4;
+
+template <class X, class Y, bool kCenter>
+void forward(const ForwardRows& a) {
+  int64_t row = 0;
+  if constexpr (std::is_same_v<X, Y>) {  // the usual case; the others stay small
+    if (a.features <= kShortRow) {
+      for (; row + kTogether <= a.rows; row += kTogether) {
+        forward_together<X, Y, kCenter, kTogether>(a, row);
+      }
+    }
+  }
+  for (; row < a.rows; ++row) forward_together<X, Y, kCenter, 1>(a, row);
+}
+
+template <class V, int R>
+JLN_INLINE V sum_of(const V* v) {
+  if constexpr (R == 1) return v[0];
+  else return sum_of<V, R / 2>(v) + sum_of<V, R - R / 2>(v + R / 2);
+}
+
+// Adds a register to a sum over rows, of which these are the columns from *sums on.
+// Lanes beyond the features are 0, and the sums have room for them (kPadding).
+template <class C>
+JLN_INLINE void accumulate(double* sums, int64_t padded, Register<C> v) {
+  using D = Register<double>;
+  if constexpr (std::is_same_v<C, float>) {
+    (void)padded;
+    WideSum<C> sum;
+    std::memcpy(&sum.parts, sums, sizeof sum.parts);
+    sum.add(v);
+    std::memcpy(sums, &sum.parts, sizeof sum.parts);
+  } else {
+    const D high = load<double>(sums, Whole{});
+    const D low = load<double>(sums + padded, Whole{}) + two_sum_error(high, v);
+    store<double>(sums, high + v, Whole{});
+    store<double>(sums + padded, low, Whole{});
   }
 }
 
@@ -103,10 +212,8 @@ JLN_INLINE void backward_together(const BackwardRows& a, int64_t row) {
   using C = Compute<X>;
   using V = Register<C>;
   const int64_t features = a.features;
-  const C share = static_cast<C>(1.0 / static_cast<double>(features));
+  const double share = 1.0 / static_cast<double>(features);
   const auto* gamma = static_cast<const C*>(a.gamma);
-  auto* dscale = static_cast<C*>(a.dscale);
-  auto* dbias = static_cast<C*>(a.dbias);
   const X* x = static_cast<const X*>(a.x) + row * features;
   const DY* dy = static_cast<const DY*>(a.dy) + row * features;
   C mean[R] = {}, low[R] = {}, rstd[R];
@@ -123,43 +230,35 @@ JLN_INLINE void backward_together(const BackwardRows& a, int64_t row) {
     return c * all<V>(rstd[k]);
   };
 
-  double sum_g[R] = {}, sum_g_x_hat[R] = {};
-  for (int64_t begin = 0; begin < features; begin += kBlock) {
-    const int64_t end = features - begin < kBlock ? features : begin + kBlock;
-    V g_sums[R] = {}, g_x_hat_sums[R] = {};
-    for_each<C>(begin, end, [&](int64_t i, auto which) {
-      V scale_sum{}, bias_sum{};
-      V factor = all<V>(C{1});
-      if (gamma != nullptr) factor = load<C>(gamma + i, which);
-      if (dscale != nullptr) scale_sum = load<C>(dscale + i, which);
-      if (dbias != nullptr) bias_sum = load<C>(dbias + i, which);
-      for (int k = 0; k < R; ++k) {
-        const V h = only<C>(x_hat(k, i, which), which);
-        const V d = load<C>(dy + k * features + i, which);
-        const V g = d * factor;
-        if constexpr (kCenter) g_sums[k] += g;
-        g_x_hat_sums[k] += g * h;
-        scale_sum += d * h;
-        bias_sum += d;
-      }
-      if (dscale != nullptr) store<C>(dscale + i, scale_sum, which);
-      if (dbias != nullptr) store<C>(dbias + i, bias_sum, which);
-    });
+  double sums[2][R] = {};
+  constexpr int U = R == 1 ? 2 : 1;
+  row_sums<R, U, 2>(features, sums, C{}, [&](int64_t i, auto which, V(*sum)[2]) {
+    V factor = all<V>(C{1});
+    if (gamma != nullptr) factor = load<C>(gamma + i, which);
+    V d[R], along[R];
     for (int k = 0; k < R; ++k) {
-      sum_g[k] += sum_of_lanes<C, kLanes<C>>(g_sums[k]);
-      sum_g_x_hat[k] += sum_of_lanes<C, kLanes<C>>(g_x_hat_sums[k]);
+      const V h = only<C>(x_hat(k, i, which), which);
+      d[k] = load<C>(dy + k * features + i, which);
+      const V g = d[k] * factor;
+      along[k] = d[k] * h;
+      sum[k][0] += g * h;
+      if constexpr (kCenter) sum[k][1] += g;
     }
-  }
+    if (a.dscale != nullptr) accumulate<C>(a.dscale + i, a.padded, sum_of<V, R>(along));
+    if (a.dbias != nullptr) accumulate<C>(a.dbias + i, a.padded, sum_of<V, R>(d));
+  });
 
   for (int k = 0; k < R; ++k) {
-    C along_x_hat = static_cast<C>(sum_g_x_hat[k]);
+    double sum_along = sums[0][k];
     if (a.drstd != nullptr) {
-      along_x_hat += rstd[k] * static_cast<const C*>(a.drstd)[row + k];
+      sum_along += double{rstd[k]} * static_cast<const C*>(a.drstd)[row + k];
     }
-    along_x_hat *= share;
-    const C mean_g = static_cast<C>(sum_g[k]) * share;
+    const C along_x_hat = static_cast<C>(sum_along * share);
+    const C mean_g = static_cast<C>(sums[1][k] * share);
     C dmean = 0;
-    if (a.dmean != nullptr) dmean = static_cast<const C*>(a.dmean)[row + k] * share;
+    if (a.dmean != nullptr) {
+      dmean = static_cast<C>(static_cast<const C*>(a.dmean)[row + k] * share);
+    }
     const int64_t first_element = (row + k) * features;
     const X* dtotal = static_cast<const X*>(a.dtotal) + first_element;
     X* dx = static_cast<X*>(a.dx) + first_element;
@@ -180,7 +279,6 @@ template <class X, class DY, bool kCenter>
 void backward(const BackwardRows& a) {
   int64_t row = 0;
   if constexpr (std::is_same_v<X, DY>) {  // the usual case; the others stay small
-    constexpr int kTogether = 4;
     const int64_t row_bytes = a.features * int64_t{sizeof(X) + sizeof(DY)};
     if (kTogether * row_bytes <= kCachedBytes) {
       for (; row + kTogether <= a.rows; row += kTogether) {
@@ -217,13 +315,24 @@ void widen(const void* from, double offset, void* to, int64_t n) {
 }
 
 template <class C>
-void sum(const void* from, int64_t count, int64_t stride, void* to, int64_t n) {
+void sum(const double* from, int64_t count, int64_t padded, void* to, int64_t n) {
+  using D = Register<double>;
+  constexpr int64_t kWords = kSumWords[std::is_same_v<C, double>];
   for_each<double>(0, n, [&](int64_t i, auto which) {
-    Register<double> sums{};
+    D high{}, low{};
     for (int64_t k = 0; k < count; ++k) {
-      sums += load<double>(static_cast<const C*>(from) + k * stride + i, which);
+      const double* one = from + k * kWords * padded + i;
+      if constexpr (kWords == 1) {
+        high += load<double>(one, which);
+      } else {
+        const D v = load<double>(one, which);
+        low += two_sum_error(high, v) + load<double>(one + padded, which);
+        high += v;
+      }
     }
-    store<double>(static_cast<C*>(to) + i, sums, which);
+    const D sum = high + low;
+    // Of an infinite sum, the low word is NaN.
+    store<double>(static_cast<C*>(to) + i, high - high == 0 ? sum : high, which);
   });
 }
 

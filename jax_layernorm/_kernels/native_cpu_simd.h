@@ -89,10 +89,37 @@ JLN_INLINE Register<C> first(Register<C> v, int n) {
 
 // ---- half precision ---------------------------------------------------------------
 
+// GCC converts between the widths of integers by halves, where it could at once.
+template <int N>
+JLN_INLINE Vector<uint32_t, N> widen_integers(Vector<uint16_t, N> v) {
+#if JLN_AVX512
+  if constexpr (N == 16) return (Vector<uint32_t, N>)_mm512_cvtepu16_epi32((__m256i)v);
+#endif
+#if defined(__AVX2__)
+  if constexpr (N == 8) return (Vector<uint32_t, N>)_mm256_cvtepu16_epi32((__m128i)v);
+#endif
+  return __builtin_convertvector(v, Vector<uint32_t, N>);
+}
+
+// Of integers below 2**16.
+template <int N>
+JLN_INLINE Vector<uint16_t, N> narrow_integers(Vector<uint32_t, N> v) {
+#if JLN_AVX512
+  if constexpr (N == 16) return (Vector<uint16_t, N>)_mm512_cvtepi32_epi16((__m512i)v);
+#endif
+#if defined(__AVX2__)
+  if constexpr (N == 8) {
+    const __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v);
+    return (Vector<uint16_t, N>)_mm256_castsi256_si128(
+        _mm256_permute4x64_epi64(packed, 0b1000));
+  }
+#endif
+  return __builtin_convertvector(v, Vector<uint16_t, N>);
+}
+
 template <int N>
 JLN_INLINE Vector<float, N> widen_bfloat16(Vector<uint16_t, N> bits) {
-  return bit_cast<Vector<float, N>>(
-      __builtin_convertvector(bits, Vector<uint32_t, N>) << 16);
+  return bit_cast<Vector<float, N>>(widen_integers<N>(bits) << 16);
 }
 
 // To nearest, ties to even; NaN stays NaN, quiet.
@@ -102,7 +129,7 @@ JLN_INLINE Vector<uint16_t, N> round_to_bfloat16(Vector<float, N> v) {
   const U bits = bit_cast<U>(v);
   const U rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const U quiet = (bits >> 16) | 0x40;
-  return __builtin_convertvector(v == v ? rounded : quiet, Vector<uint16_t, N>);
+  return narrow_integers<N>(v == v ? rounded : quiet);
 }
 
 template <int N>
@@ -116,7 +143,7 @@ JLN_INLINE Vector<float, N> widen_float16(Vector<uint16_t, N> bits) {
   // The exponent moves by 127 - 15 in a product, which is exact, denormals included;
   // what was inf or NaN then gets the exponent of these.
   using U = Vector<uint32_t, N>;
-  const U wide = __builtin_convertvector(bits, U);
+  const U wide = widen_integers<N>(bits);
   const U magnitude = (wide & 0x7fff) << 13;
   const U scaled = bit_cast<U>(bit_cast<Vector<float, N>>(magnitude) * 0x1p112f);
   const U finite = magnitude >= (0x7c00u << 13) ? scaled | 0x7f800000u : scaled;
@@ -147,7 +174,7 @@ JLN_INLINE Vector<uint16_t, N> round_to_float16(Vector<float, N> v) {
   U result = magnitude < (113u << 23) ? denormal : normal;
   result = magnitude >= 0x477ff000u ? (U{} + 0x7c00) : result;  // 65520 and above
   result = magnitude > 0x7f800000u ? (U{} + 0x7e00) : result;   // NaN
-  return __builtin_convertvector(result | sign, Vector<uint16_t, N>);
+  return narrow_integers<N>(result | sign);
 }
 
 // ---- loads and stores --------------------------------------------------------------
