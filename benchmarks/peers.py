@@ -46,11 +46,56 @@ def tokamax(params: Mapping[str, Any], x: jax.Array) -> jax.Array:
     return tokamax.layer_norm(x, scale, bias, epsilon=EPSILON, implementation="xla")
 
 
+def ours_xla(params: Mapping[str, Any], x: jax.Array) -> jax.Array:
+    """Without hand-written kernels."""
+    return jln.layer_norm(params, x, epsilon=EPSILON, implementation="xla")
+
+
+def equinox(params: Mapping[str, Any], x: jax.Array) -> jax.Array:
+    import equinox
+
+    norm = equinox.nn.LayerNorm(x.shape[-1], eps=EPSILON)
+    values = (params["scale"], params["bias"])
+    norm = equinox.tree_at(lambda n: (n.weight, n.bias), norm, values)
+    return jax.vmap(norm)(x).astype(x.dtype)
+
+
+@jax.custom_vjp
+def plain_custom_vjp(params: Mapping[str, Any], x: jax.Array) -> jax.Array:
+    """The textbook: what people write who write the backward pass themselves."""
+    return _plain_forward(params, x)[0]
+
+
+def _plain_forward(params: Mapping[str, Any], x: jax.Array) -> tuple[jax.Array, Any]:
+    c = x.astype(jnp.float32)
+    c = c - c.mean(-1, keepdims=True)
+    rstd = jax.lax.rsqrt((c * c).mean(-1, keepdims=True) + EPSILON)
+    x_hat = c * rstd
+    y = (x_hat * params["scale"] + params["bias"]).astype(x.dtype)
+    return y, (x_hat, rstd, params["scale"])
+
+
+def _plain_backward(saved: Any, dy: jax.Array) -> tuple[Mapping[str, Any], jax.Array]:
+    x_hat, rstd, scale = saved
+    dtype, dy = dy.dtype, dy.astype(jnp.float32)
+    g = dy * scale
+    dx = g - g.mean(-1, keepdims=True)
+    dx = rstd * (dx - x_hat * (g * x_hat).mean(-1, keepdims=True))
+    dparams = {"scale": (dy * x_hat).sum(0), "bias": dy.sum(0)}
+    return dparams, dx.astype(dtype)
+
+
+plain_custom_vjp.defvjp(_plain_forward, _plain_backward)
+
+
 def available(names: tuple[str, ...]) -> dict[str, Norm]:
     """The JAX norms among `names` that can be imported; says why the others cannot."""
     norms: dict[str, Norm] = {
         "ours": ours,
         "ours autodiff": ours_autodiff,
+        "ours xla": ours_xla,
+        "custom_vjp": plain_custom_vjp,
+        "equinox": equinox,
         "flax": flax,
         "flax two-pass": functools.partial(flax, fast_variance=False),
         "tokamax": tokamax,
@@ -58,7 +103,7 @@ def available(names: tuple[str, ...]) -> dict[str, Norm]:
     modules = {"flax": "flax.linen", "flax two-pass": "flax.linen"}
     found = {}
     for name in names:
-        if not name.startswith("ours"):
+        if not name.startswith("ours") and name != "custom_vjp":
             reason = import_error(modules.get(name, name))
             if reason is not None:
                 print(f"{name} left out: {reason}")
