@@ -8,7 +8,7 @@ ARGS ?=
 BIN = $(VENV)/bin
 WORKERS ?= auto
 
-.PHONY: help train test lint types notebooks notebooks-build wheel clean
+.PHONY: help train test lint types notebooks notebooks-build wheel native manylinux clean
 
 help:
 	@echo "make train      train the decoder-only transformer into OUT=$(OUT), or go on with it"
@@ -17,7 +17,8 @@ help:
 	@echo "make lint       ruff and pyrefly"
 	@echo "make notebooks  run the notebooks and compare each with its .py;"
 	@echo "                make notebooks-build writes them anew from the .py"
-	@echo "make wheel      build the wheel and the sdist into dist/"
+	@echo "make wheel      build the wheel and the sdist into dist/; make manylinux: for others"
+	@echo "make native     test the C++ kernel by itself, also under sanitizers"
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -26,7 +27,7 @@ $(VENV)/bin/python:
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 
 # One stamp for each group of dependencies in pyproject.toml.
-$(VENV)/.%: $(VENV)/bin/python pyproject.toml
+$(VENV)/.%: $(VENV)/bin/python pyproject.toml CMakeLists.txt $(wildcard jax_layernorm/_kernels/*.cc jax_layernorm/_kernels/*.h)
 	$(BIN)/python -m pip install --quiet --editable '.[flax]' --group $*
 	@touch $@
 
@@ -56,6 +57,21 @@ notebooks-build: $(VENV)/.notebook
 
 wheel: $(VENV)/.build
 	$(BIN)/python -m build --quiet
+
+# The C++ kernel alone: random problems, then fewer of them under each sanitizer.
+CASES ?= 100000
+native: $(VENV)/.native
+	@for run in none:$(CASES) address,undefined:20000 thread:2000; do \
+	  sanitizer=$${run%:*}; folder=build/native-$$sanitizer; \
+	  $(BIN)/cmake -G Ninja -S . -B $$folder -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
+	    -DJAX_LAYERNORM_TESTS=ON -DJAX_LAYERNORM_SANITIZE=$${sanitizer#none} > /dev/null \
+	    && $(BIN)/ninja -C $$folder --quiet \
+	    && echo "sanitizer: $$sanitizer" && $$folder/driver $${run#*:} || exit 1; \
+	done
+
+# A wheel for other machines: of the oldest manylinux that this one's libraries allow.
+manylinux: wheel
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --strip -w dist/manylinux dist/*-linux_*.whl
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis

@@ -23,6 +23,16 @@ with jaxtyping.install_import_hook("jax_layernorm._equations", "beartype.beartyp
     jax_layernorm = importlib.import_module("jax_layernorm")
 typing.TYPE_CHECKING = False
 
+import implementations  # noqa: E402  it imports the package
+
+
+@pytest.fixture(params=implementations.NAMES)
+def implementation(request, monkeypatch):
+    """The test runs once with each; its calls take `**implementations.chosen`."""
+    implementations.needed(request.param)
+    monkeypatch.setitem(implementations.chosen, "implementation", request.param)
+    return request.param
+
 
 @pytest.fixture
 def strict_promotion():

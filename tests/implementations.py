@@ -1,4 +1,4 @@
-"""Which implementations can run here, on the CPU of the tests; the others are skipped."""
+"""The implementations, and which of them can run here, on the CPU of the tests."""
 
 import functools
 
@@ -6,6 +6,10 @@ import jax
 import pytest
 
 import jax_layernorm as jln
+from jax_layernorm._kernels import KERNELS
+
+NAMES = tuple(KERNELS)
+chosen = {}  # set by the fixture `implementation`
 
 
 @functools.cache
@@ -14,7 +18,7 @@ def missing(implementation):
     x = jax.ShapeDtypeStruct((4, 128), "float32")
     norm = functools.partial(jln.layer_norm, implementation=implementation)
     try:
-        jax.jit(norm).lower(jln.init_params(128), x)
+        jax.jit(norm).lower(jax.eval_shape(lambda: jln.init_params(128)), x)
     except NotImplementedError as error:
         return str(error)
     return None

@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import implementations
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,6 +53,8 @@ def compiled(function, **options):
 def forward_and_gradients(function, x, params, dy, *, mask=None, **options):
     """`y`, statistics, the gradients of params and `x`; the `add_*` halve `x` first."""
     arrays = (x / 2, x / 2) if function in ADDS else (x,)
+    if mask is None:
+        options |= implementations.chosen
     return compiled(function, **options)(params, arrays, mask, dy)
 
 
@@ -93,6 +96,7 @@ def test_empty_arrays_give_empty_results_and_zero_gradients(
 
 
 @pytest.mark.parametrize("function", EVERY)
+@pytest.mark.usefixtures("implementation")
 def test_one_feature_is_its_own_mean(function):
     x, params, dy = draw((5, 1))
     y, (mean, _), dparams, dx = forward_and_gradients(function, x, params, dy)
@@ -109,6 +113,7 @@ def test_one_feature_is_its_own_mean(function):
 
 @pytest.mark.parametrize("shape", ((7,), (1, 7), (1, 1, 7)), ids=str)
 @pytest.mark.parametrize("function", EVERY)
+@pytest.mark.usefixtures("implementation")
 def test_one_row_is_normalized_like_any_other(function, shape):
     x, params, dy = draw((3, 7))
     y, _, _, dx = forward_and_gradients(function, x, params, dy)
@@ -128,6 +133,7 @@ def test_a_scalar_is_refused(function):
 
 
 @pytest.mark.parametrize("value", (0.0, 0.1, 1 / 3, 12345.678))
+@pytest.mark.usefixtures("implementation")
 def test_a_constant_row_gives_the_bias_and_no_gradient_of_scale(value):
     x = jnp.full((3, 1000), value)
     params = {"scale": jnp.full(1000, 2.0), "bias": jnp.linspace(-1.0, 1.0, 1000)}
@@ -141,6 +147,7 @@ def test_a_constant_row_gives_the_bias_and_no_gradient_of_scale(value):
 
 
 @pytest.mark.parametrize("function", NORMS)
+@pytest.mark.usefixtures("implementation")
 def test_with_epsilon_zero_a_row_of_zeros_is_nan_and_stays_alone(function):
     """0 / 0: a variance of 0 is what epsilon is for."""
     x, params, dy = draw((3, 8))
@@ -154,6 +161,7 @@ def test_with_epsilon_zero_a_row_of_zeros_is_nan_and_stays_alone(function):
 
 @pytest.mark.parametrize("size", (1e-38, 1e-40, 1e-45))
 @pytest.mark.parametrize("function", EVERY)
+@pytest.mark.usefixtures("implementation")
 def test_denormals_are_as_good_as_zeros(function, size):
     """Whether the hardware keeps them or flushes them: epsilon is far larger."""
     x, params, dy = draw((4, 16))
@@ -167,6 +175,7 @@ def test_denormals_are_as_good_as_zeros(function, size):
 
 
 @pytest.mark.parametrize("function", NORMS)
+@pytest.mark.usefixtures("implementation")
 def test_with_epsilon_zero_a_spread_of_1e_17_is_normalized_as_any(function):
     """Below about 1e-19 the squares underflow, and rstd and the row are not finite."""
     x, params, dy = draw((4, 16))
@@ -184,6 +193,7 @@ def test_with_epsilon_zero_a_spread_of_1e_17_is_normalized_as_any(function):
 
 
 @pytest.mark.parametrize("function", EVERY)
+@pytest.mark.usefixtures("implementation")
 def test_float16_is_right_up_to_its_maximum(function):
     """Statistics are float32, so neither the sum nor the squares overflow."""
     rng = np.random.default_rng(0)
@@ -200,6 +210,7 @@ def test_float16_is_right_up_to_its_maximum(function):
 
 @pytest.mark.parametrize("size", (1e12, 1e15, 1e18))
 @pytest.mark.parametrize("function", EVERY)
+@pytest.mark.usefixtures("implementation")
 def test_values_up_to_1e18_are_normalized_as_any(function, size):
     x, params, dy = draw((4, 16))
     x = x * np.float32(size)
@@ -212,6 +223,7 @@ def test_values_up_to_1e18_are_normalized_as_any(function, size):
 
 @pytest.mark.parametrize("size", (1e20, 1e30, 1e38))
 @pytest.mark.parametrize("function", EVERY)
+@pytest.mark.usefixtures("implementation")
 def test_where_the_squares_overflow_y_is_the_bias_and_dx_is_zero(function, size):
     """From about 1.8e19 on (less where a row is long) the variance is infinite.
 
@@ -232,6 +244,7 @@ def test_where_the_squares_overflow_y_is_the_bias_and_dx_is_zero(function, size)
 
 
 @pytest.mark.parametrize("value", (1e30, 1e37, -1e38))
+@pytest.mark.usefixtures("implementation")
 def test_a_constant_row_of_1e38_has_its_mean_and_no_variance(value):
     """As long as the sum of the row's elements, each over N, does not overflow."""
     _, params, dy = draw((2, 4))
@@ -248,13 +261,15 @@ def test_a_constant_row_of_1e38_has_its_mean_and_no_variance(value):
     ([MAX] * 768, [MAX, MAX, -MAX, 0], [MAX, -MAX, -MAX, -MAX]),
     ids=("768 times max", "max max -max 0", "max -max -max -max"),
 )
+@pytest.mark.usefixtures("implementation")
 def test_at_the_float32_maximum_a_row_may_be_nan_but_no_other_row_is(row):
     """`x - mean` and, by its roundings, the mean itself may overflow."""
     x, params, dy = draw((3, len(row)))
     spoiled = x.at[1].set(jnp.asarray(row, jnp.float32))
     clean = forward_and_gradients(jln.layer_norm, x, params, dy)
     y, (_, rstd), _, dx = forward_and_gradients(jln.layer_norm, spoiled, params, dy)
-    assert np.isnan(rstd[1]) or rstd[1] == 0
+    right = len(set(row)) == 1 and np.isclose(rstd[1], 1000)  # what is constant
+    assert np.isnan(rstd[1]) or rstd[1] == 0 or right
     assert np.isnan(y[1]).all() or (y[1] == params["bias"]).all()
     np.testing.assert_array_equal(y[::2], clean[0][::2])
     np.testing.assert_array_equal(dx[::2], clean[3][::2])
@@ -263,6 +278,7 @@ def test_at_the_float32_maximum_a_row_may_be_nan_but_no_other_row_is(row):
 @pytest.mark.parametrize("bad", (np.nan, np.inf, -np.inf))
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16"))
 @pytest.mark.parametrize("function", EVERY)
+@pytest.mark.usefixtures("implementation")
 def test_nan_and_inf_stay_in_their_row(function, dtype, bad):
     x, params, dy = draw((4, 16), dtype=dtype)
     spoiled = x.at[2, 5].set(bad)
@@ -318,6 +334,7 @@ def test_a_row_may_have_more_than_2_to_the_31_elements(function):
     ("dtype", "param_dtype"), list(itertools.product(DTYPES, DTYPES))
 )
 @pytest.mark.parametrize("function", EVERY)
+@pytest.mark.usefixtures("implementation")
 def test_x_and_parameters_may_have_any_two_dtypes(function, dtype, param_dtype):
     x, params, dy = draw((4, 32), dtype=dtype, param_dtype=param_dtype)
     y, statistics, dparams, dx = forward_and_gradients(function, x, params, dy)

@@ -4,6 +4,7 @@ import functools
 import subprocess
 import sys
 
+import implementations
 import jax
 import jax.numpy as jnp
 import pytest
@@ -12,16 +13,28 @@ from jax.sharding import PartitionSpec as P
 from test_kernel_op import kernel, x  # noqa: F401  fixtures
 
 import jax_layernorm as jln
+from jax_layernorm import _kernels
 
 PLATFORMS = ["cpu", "cuda", "rocm", "tpu"]
 
 
-def test_xla_runs_everywhere_in_this_version():
+def test_xla_runs_where_no_kernel_does():
     explanation = jln.explain(jln.init_params(8), jnp.ones((2, 8)))
     assert list(explanation) == PLATFORMS
-    for choice in explanation.values():
+    for platform in PLATFORMS[1:]:
+        choice = explanation[platform]
         assert choice.implementation == "xla"
-        assert choice.reasons["pallas_tpu"] == "it is not part of this version"
+        assert choice.reasons["native_cpu"] == "it is for CPUs"
+        assert choice.reasons["pallas_triton"] == "it is not part of this version"
+
+
+def test_the_cpu_kernel_runs_on_cpu_where_it_was_built():
+    implementations.needed("native_cpu")
+    choice = jln.explain(jln.init_params(8), jnp.ones((2, 8)))["cpu"]
+    assert choice.implementation == "native_cpu"
+    masked = jln.explain({}, jnp.ones((2, 8)), mask=jnp.ones(8, bool))["cpu"]
+    assert masked.implementation == "xla"
+    assert masked.reasons["native_cpu"] == "there is a mask"
 
 
 @pytest.mark.usefixtures("kernel")
@@ -31,7 +44,7 @@ def test_a_kernel_is_named_where_it_runs_and_its_reason_given_where_not(x):  # n
     assert "another one is preferred" in explanation["cpu"].reasons["xla"]
     assert explanation["tpu"].implementation == "xla"
     assert explanation["tpu"].reasons["marking"] == "it is for CPUs"
-    assert "not marking: it is for CPUs" in str(explanation)
+    assert "not marking, native_cpu: it is for CPUs" in str(explanation)
     narrow = jln.explain({}, x[:, :8])["cpu"]
     assert narrow.reasons["marking"] == "features must be 16"
 
@@ -86,7 +99,7 @@ def test_all_functions_and_arguments_can_be_explained(function):
 
 def test_nothing_is_computed():
     shape = jax.ShapeDtypeStruct((2**20, 2**20), "float32")  # four terabytes
-    assert jln.explain({}, shape)["cpu"].implementation == "xla"
+    assert jln.explain({}, shape)["cpu"].implementation in _kernels.KERNELS
 
 
 def test_the_command_prints_versions_devices_and_the_choices():

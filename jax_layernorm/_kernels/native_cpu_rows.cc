@@ -3,8 +3,8 @@
 //
 // A row is read from memory once: what a later pass over it needs is still in the cache.
 // Sums along a row run in vectors of partial sums over kBlock registers of elements, in a
-// fixed order, and over these blocks in vectors of float64. Sums over rows run over a few rows in
-// the dtype of the arithmetic, and over these in about twice its precision.
+// fixed order, and over these blocks in vectors of float64. Sums over rows run over a few
+// rows in the dtype of the arithmetic, and over these in about twice its precision.
 
 #include <cmath>
 #include <type_traits>
@@ -117,6 +117,7 @@ JLN_INLINE void forward_together(const ForwardRows& a, int64_t row) {
   double sums[2][R] = {};
   row_sums<R, U, 2>(features, sums, C{}, [&](int64_t i, auto which, V(*sum)[2]) {
     for (int k = 0; k < R; ++k) {
+      __builtin_prefetch(y + k * features + i, 1);  // to be written next
       V c = load<C>(x + k * features + i, which);
       if constexpr (kCenter) {
         c = only<C>(c - all<V>(mean[k]), which);
@@ -147,6 +148,7 @@ JLN_INLINE void forward_together(const ForwardRows& a, int64_t row) {
     if (gamma != nullptr) factor = load<C>(gamma + i, which);
     if (bias != nullptr) shift = load<C>(bias + i, which);
     for (int k = 0; k < R; ++k) {
+      __builtin_prefetch(x + (R + k) * features + i);  // the next rows
       V v = load<C>(x + k * features + i, which);
       if constexpr (kCenter) v = (v - all<V>(mean[k])) - all<V>(low[k]);
       v = v * all<V>(rstd[k]);
@@ -216,6 +218,7 @@ JLN_INLINE void backward_together(const BackwardRows& a, int64_t row) {
   const auto* gamma = static_cast<const C*>(a.gamma);
   const X* x = static_cast<const X*>(a.x) + row * features;
   const DY* dy = static_cast<const DY*>(a.dy) + row * features;
+  X* dx = static_cast<X*>(a.dx) + row * features;
   C mean[R] = {}, low[R] = {}, rstd[R];
   for (int k = 0; k < R; ++k) {
     if constexpr (kCenter) {
@@ -237,6 +240,7 @@ JLN_INLINE void backward_together(const BackwardRows& a, int64_t row) {
     if (gamma != nullptr) factor = load<C>(gamma + i, which);
     V d[R], along[R];
     for (int k = 0; k < R; ++k) {
+      __builtin_prefetch(dx + k * features + i, 1);  // to be written next
       const V h = only<C>(x_hat(k, i, which), which);
       d[k] = load<C>(dy + k * features + i, which);
       const V g = d[k] * factor;
@@ -259,18 +263,19 @@ JLN_INLINE void backward_together(const BackwardRows& a, int64_t row) {
     if (a.dmean != nullptr) {
       dmean = static_cast<C>(static_cast<const C*>(a.dmean)[row + k] * share);
     }
-    const int64_t first_element = (row + k) * features;
-    const X* dtotal = static_cast<const X*>(a.dtotal) + first_element;
-    X* dx = static_cast<X*>(a.dx) + first_element;
+    const X* dtotal = static_cast<const X*>(a.dtotal);
+    if (dtotal != nullptr) dtotal += (row + k) * features;
     for_each<C>(0, features, [&](int64_t i, auto which) {
+      __builtin_prefetch(x + (R + k) * features + i);  // the next rows
+      __builtin_prefetch(dy + (R + k) * features + i);
       V g = load<C>(dy + k * features + i, which);
       if (gamma != nullptr) g = g * load<C>(gamma + i, which);
       V v = g - x_hat(k, i, which) * all<V>(along_x_hat);
       if constexpr (kCenter) v = v - all<V>(mean_g);
       v = all<V>(rstd[k]) * v;
       if constexpr (kCenter) v = v + all<V>(dmean);
-      if (a.dtotal != nullptr) v = v + load<C>(dtotal + i, which);
-      store<C>(dx + i, v, which);
+      if (dtotal != nullptr) v = v + load<C>(dtotal + i, which);
+      store<C>(dx + k * features + i, v, which);
     });
   }
 }

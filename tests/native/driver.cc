@@ -1,0 +1,583 @@
+// Tests of the CPU kernel without Python and XLA, so that sanitizers can watch:
+//
+//   driver CASES SEED    so many random problems against long double, on each instruction
+//                        set that this processor has, and the tests of threads
+//
+// A problem is drawn from all dtypes, shapes, alignments, groups of parameters and optional
+// arrays. The reference is the textbook formula, two passes in long double, on scalars.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "native_cpu_norm.h"
+
+using namespace jax_layernorm;
+using Real = long double;
+
+namespace {
+
+int failures = 0;
+std::string current;
+
+void check(bool right, const char* what) {
+  if (right) return;
+  std::printf("FAILED %s: %s\n", current.c_str(), what);
+  if (++failures > 20) std::exit(1);
+}
+
+// ---- the dtypes, one element at a time ------------------------------------------------
+
+struct Format { int digits, least_exponent, most_exponent; };  // of 2**e * 1.f
+const Format kFormats[kDtypes] = {{24, -126, 127}, {8, -126, 127}, {11, -14, 15},
+                                  {53, -1022, 1023}};
+
+Real eps(Dtype dtype) { return std::ldexp(Real{1}, 1 - kFormats[dtype].digits); }
+
+// To nearest, ties to even, as the format's value.
+Real rounded(Real v, Dtype dtype) {
+  if (!std::isfinite(v) || v == 0) return v;
+  const Format f = kFormats[dtype];
+  const int exponent = std::max(std::ilogb(v), f.least_exponent);
+  const Real unit = std::ldexp(Real{1}, exponent - f.digits + 1);
+  const Real result = std::nearbyint(v / unit) * unit;
+  const Real most = std::ldexp(Real{2} - eps(dtype), f.most_exponent);
+  return std::fabs(result) > most ? std::copysign(HUGE_VALL, v) : result;
+}
+
+Real get(const void* data, Dtype dtype, int64_t i) {
+  if (dtype == kFloat32) {
+    float v;
+    std::memcpy(&v, static_cast<const char*>(data) + 4 * i, 4);
+    return v;
+  }
+  if (dtype == kFloat64) {
+    double v;
+    std::memcpy(&v, static_cast<const char*>(data) + 8 * i, 8);
+    return v;
+  }
+  uint16_t bits;
+  std::memcpy(&bits, static_cast<const char*>(data) + 2 * i, 2);
+  const Format f = kFormats[dtype];
+  const int stored = f.digits - 1;
+  const int biased = (bits & 0x7fff) >> stored;
+  const int fraction = bits & ((1 << stored) - 1);
+  Real v;
+  if (biased == f.most_exponent * 2 + 1) {
+    v = fraction ? NAN : HUGE_VALL;
+  } else if (biased == 0) {
+    v = std::ldexp(Real(fraction), f.least_exponent - stored);
+  } else {
+    v = std::ldexp(Real(fraction + (1 << stored)), biased - f.most_exponent - stored);
+  }
+  return bits & 0x8000 ? -v : v;
+}
+
+void set(void* data, Dtype dtype, int64_t i, Real v) {
+  v = rounded(v, dtype);
+  char* to = static_cast<char*>(data) + kBytesOf[dtype] * i;
+  if (dtype == kFloat32) {
+    const float w = static_cast<float>(v);
+    std::memcpy(to, &w, 4);
+  } else if (dtype == kFloat64) {
+    const double w = static_cast<double>(v);
+    std::memcpy(to, &w, 8);
+  } else {
+    const Format f = kFormats[dtype];
+    const int stored = f.digits - 1;
+    uint16_t bits = 0;
+    const Real a = std::fabs(v);
+    if (a != 0) {
+      const int exponent = std::max(std::ilogb(a), f.least_exponent);
+      const int fraction = static_cast<int>(std::ldexp(a, stored - exponent));
+      const int biased = fraction >> stored ? exponent + f.most_exponent : 0;
+      bits = static_cast<uint16_t>(biased << stored | (fraction & ((1 << stored) - 1)));
+    }
+    if (std::signbit(v)) bits |= 0x8000;
+    std::memcpy(to, &bits, 2);
+  }
+}
+
+// ---- arrays, pools --------------------------------------------------------------------
+
+// An array at any address that is a multiple of its elements' size, in memory that ends
+// where the array does, behind a guard that must stay as it is.
+struct Array {
+  Array(int64_t n, Dtype dtype, int offset)
+      : n(n), dtype(dtype), guard(64 + offset * kBytesOf[dtype]),
+        memory(guard + n * kBytesOf[dtype], 0x5a) {}
+  void* data() { return memory.data() + guard; }
+  const void* data() const { return memory.data() + guard; }
+  Real operator[](int64_t i) const { return get(data(), dtype, i); }
+  bool guarded() const {
+    return std::all_of(memory.begin(), memory.begin() + guard,
+                       [](unsigned char c) { return c == 0x5a; });
+  }
+  int64_t n;
+  Dtype dtype;
+  int64_t guard;
+  std::vector<unsigned char> memory;
+};
+
+class Workers : public Pool {
+ public:
+  explicit Workers(int n) : n_(n) {
+    for (int i = 0; i < n; ++i) threads_.emplace_back([this] { work(); });
+  }
+  ~Workers() override {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      closing_ = true;
+    }
+    changed_.notify_all();
+    for (auto& thread : threads_) thread.join();
+  }
+  int64_t threads() const override { return n_; }
+  void schedule(std::function<void()> task) override {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      tasks_.push_back(std::move(task));
+    }
+    changed_.notify_one();
+  }
+
+ private:
+  void work() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      changed_.wait(lock, [this] { return closing_ || !tasks_.empty(); });
+      if (tasks_.empty()) return;
+      auto task = std::move(tasks_.front());
+      tasks_.pop_front();
+      lock.unlock();
+      task();
+      lock.lock();
+    }
+  }
+
+  int n_;
+  bool closing_ = false;
+  std::deque<std::function<void()>> tasks_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::vector<std::thread> threads_;
+};
+
+std::vector<const RowKernels*> all_kernels() {
+  std::vector<const RowKernels*> found = {&kBaselineKernels};
+#if defined(__x86_64__)
+  const RowKernels* best = &best_kernels();
+  if (best != &kBaselineKernels) found.push_back(&kAvx2Kernels);
+  if (best == &kAvx512Kernels) found.push_back(&kAvx512Kernels);
+#endif
+  return found;
+}
+
+// ---- random problems ------------------------------------------------------------------
+
+class Case {
+ public:
+  Case(std::mt19937_64& random, int64_t rows, int64_t features)
+      : random_(random), rows_(rows), features_(features), n_(rows * features) {
+    center_ = coin();
+    x_ = dtype();
+    residual_ = coin(3) ? dtype() : kDtypes;
+    normalized_ = residual_ == kDtypes ? x_ : promoted(x_, residual_);
+    y_ = coin(3) ? dtype() : x_;
+    compute_ = computed(normalized_);
+    scale_offset_ = coin(3) ? 1 : 0;
+    epsilon_ = coin() ? 1e-6 : 1e-2;
+    scale_groups_ = coin(4) ? 0 : groups();
+    bias_groups_ = coin(4) ? 0 : coin() ? 1 : scale_groups_ ? scale_groups_ : groups();
+    dscale_groups_ = scale_groups_ == 0 ? 0 : coin(4) ? rows_ : scale_groups_;
+    scale_dtype_ = dtype();
+    bias_dtype_ = dtype();
+    dtotal_ = residual_ != kDtypes && coin();
+    dmean_ = center_ && coin(3);
+    drstd_ = coin(3);
+  }
+
+  void run_and_compare(const RowKernels& kernels, Pool& pool) {
+    // A mean of up to 1e4 standard deviations; of spreads, those that float16 can hold.
+    const Real spread = std::ldexp(Real{1}, between(-3, 3));
+    const Real offset = coin() ? 0 : std::ldexp(spread, between(0, 11));
+    Array x = normal(n_, x_, spread, offset);
+    Array residual = normal(n_, residual_ == kDtypes ? x_ : residual_, spread, 0);
+    Array scale = normal(std::max<int64_t>(scale_groups_, 1) * features_, scale_dtype_, .5, 1);
+    Array bias = normal(std::max<int64_t>(bias_groups_, 1) * features_, bias_dtype_, .5, 0);
+    Array y = empty(n_, y_), total = empty(n_, normalized_);
+    Array mean = empty(rows_, compute_), low = empty(rows_, compute_);
+    Array rstd = empty(rows_, compute_);
+
+    Forward f{};
+    f.center = center_;
+    f.rows = rows_;
+    f.features = features_;
+    f.epsilon = epsilon_;
+    f.scale_offset = scale_offset_;
+    f.x = {x.data(), x_, 1};
+    if (residual_ != kDtypes) {
+      f.residual = {residual.data(), residual_, 1};
+      f.total = {total.data(), normalized_, 1};
+    }
+    if (scale_groups_) f.scale = {scale.data(), scale_dtype_, scale_groups_};
+    if (bias_groups_) f.bias = {bias.data(), bias_dtype_, bias_groups_};
+    f.y = {y.data(), y_, 1};
+    if (center_) {
+      f.mean = {mean.data(), compute_, 1};
+      f.mean_low = {low.data(), compute_, 1};
+    }
+    f.rstd = {rstd.data(), compute_, 1};
+    check(run(f, kernels, pool), "forward ran out of memory");
+
+    Array dy = normal(n_, y_, 1, 0), dtotal = normal(n_, normalized_, 1, 0);
+    Array dmean = normal(rows_, compute_, 1, 0), drstd = normal(rows_, compute_, 1, 0);
+    Array dx = empty(n_, normalized_);
+    Array dscale = empty(std::max<int64_t>(dscale_groups_, 1) * features_, compute_);
+    Array dbias = empty(std::max<int64_t>(bias_groups_, 1) * features_, compute_);
+    const Array& sum = residual_ == kDtypes ? x : total;
+
+    Backward b{};
+    b.center = center_;
+    b.rows = rows_;
+    b.features = features_;
+    b.scale_offset = scale_offset_;
+    b.x = {sum.data(), normalized_, 1};
+    b.scale = f.scale;
+    if (center_) {
+      b.mean = {mean.data(), compute_, 1};
+      b.mean_low = {low.data(), compute_, 1};
+    }
+    b.rstd = {rstd.data(), compute_, 1};
+    b.dy = {dy.data(), y_, 1};
+    if (dtotal_) b.dtotal = {dtotal.data(), normalized_, 1};
+    if (dmean_) b.dmean = {dmean.data(), compute_, 1};
+    if (drstd_) b.drstd = {drstd.data(), compute_, 1};
+    b.dx = {dx.data(), normalized_, 1};
+    if (dscale_groups_) b.dscale = {dscale.data(), compute_, dscale_groups_};
+    if (bias_groups_) b.dbias = {dbias.data(), compute_, bias_groups_};
+    check(run(b, kernels, pool), "backward ran out of memory");
+
+    if (residual_ != kDtypes) {
+      for (int64_t i = 0; i < n_; ++i) {  // one rounding in the arithmetic, one in storage
+        Real right = residual[i] + x[i];
+        if (compute_ == kFloat64) {  // of which a long double sum would round twice
+          right = static_cast<double>(residual[i]) + static_cast<double>(x[i]);
+        }
+        right = rounded(rounded(right, compute_), normalized_);
+        check(total[i] == right, "total");
+      }
+    }
+    compare(sum, scale, bias, y, mean, low, rstd, dy, dtotal, dmean, drstd, dx, dscale,
+            dbias);
+    for (const Array* a : {&x, &residual, &scale, &bias, &y, &total, &mean, &low, &rstd, &dy,
+                           &dtotal, &dmean, &drstd, &dx, &dscale, &dbias}) {
+      check(a->guarded(), "wrote before an array");
+    }
+  }
+
+ private:
+  void compare(const Array& x, const Array& scale, const Array& bias, const Array& y,
+               const Array& mean, const Array& low, const Array& rstd, const Array& dy,
+               const Array& dtotal, const Array& dmean, const Array& drstd, const Array& dx,
+               const Array& dscale, const Array& dbias) {
+    const Real e = eps(compute_), N = features_;
+    std::vector<Real> ds(dscale.n), ds_size(dscale.n), db(dbias.n), db_size(dbias.n);
+    std::vector<Real> x_hat(features_), g(features_), gamma(features_);
+    for (int64_t r = 0; r < rows_; ++r) {
+      const auto at = [&](int64_t i) { return r * features_ + i; };
+      Real m = 0, square = 0, most_x = 0, most_x_hat = 0, most_g = 0;
+      for (int64_t i = 0; i < features_; ++i) {
+        m += x[at(i)] / N;
+        most_x = std::max(most_x, std::fabs(x[at(i)]));
+      }
+      if (!center_) m = 0;
+      for (int64_t i = 0; i < features_; ++i) {
+        square += (x[at(i)] - m) * (x[at(i)] - m);
+      }
+      const Real s = 1 / std::sqrt(square / N + epsilon_);
+      Real mean_g = 0, along = 0;
+      for (int64_t i = 0; i < features_; ++i) {
+        gamma[i] = 1;
+        if (scale_groups_) {
+          gamma[i] = scale_offset_ + scale[r / (rows_ / scale_groups_) * features_ + i];
+        }
+        x_hat[i] = (x[at(i)] - m) * s;
+        g[i] = dy[at(i)] * gamma[i];
+        mean_g += g[i] / N;
+        along += g[i] * x_hat[i] / N;
+        most_x_hat = std::max(most_x_hat, std::fabs(x_hat[i]));
+        most_g = std::max(most_g, std::fabs(g[i]));
+      }
+      const Real lost = center_ ? s * e * most_x : 0;
+      const Real x_hat_size = most_x_hat + lost;
+      const Real from_rstd = drstd_ ? s * drstd[r] / N : 0;
+      const Real from_mean = dmean_ ? dmean[r] / N : 0;
+      Real terms = most_g + x_hat_size * (std::fabs(along) + std::fabs(from_rstd));
+      if (center_) terms += std::fabs(mean_g) + std::fabs(from_mean) / s;
+      for (int64_t i = 0; i < features_; ++i) {
+        Real right = x_hat[i] * gamma[i], size = x_hat_size * std::fabs(gamma[i]);
+        if (bias_groups_) {
+          const Real shift = bias[r / (rows_ / bias_groups_) * features_ + i];
+          right += shift;
+          size += std::fabs(shift);
+        }
+        near(y[at(i)], right, size, y_, 1, "y");
+        Real v = g[i] - x_hat[i] * (along + from_rstd);
+        if (center_) v -= mean_g;
+        v = v * s + from_mean;
+        size = s * terms * (1 + lost);
+        if (dtotal_) {
+          v += dtotal[at(i)];
+          size += std::fabs(dtotal[at(i)]);
+        }
+        near(dx[at(i)], v, size, normalized_, N, "dx");
+        if (dscale_groups_) {
+          const int64_t k = r / (rows_ / dscale_groups_) * features_ + i;
+          ds[k] += dy[at(i)] * x_hat[i];
+          ds_size[k] += std::fabs(dy[at(i)]) * x_hat_size;
+        }
+        if (bias_groups_) {
+          const int64_t k = r / (rows_ / bias_groups_) * features_ + i;
+          db[k] += dy[at(i)];
+          db_size[k] += std::fabs(dy[at(i)]);
+        }
+      }
+      near(rstd[r], s, s, compute_, 1, "rstd");
+      if (center_) {
+        near(mean[r] + low[r], m, most_x_hat / s + 8 * e * most_x, compute_, 1, "mean");
+        near(mean[r], m, most_x, compute_, 1, "the mean's high word");
+      }
+    }
+    if (dscale_groups_) {
+      for (int64_t i = 0; i < dscale.n; ++i) {
+        near(dscale[i], ds[i], ds_size[i], compute_, 1, "dscale");
+      }
+    }
+    if (bias_groups_) {
+      for (int64_t i = 0; i < dbias.n; ++i) {
+        near(dbias[i], db[i], db_size[i], compute_, 1, "dbias");
+      }
+    }
+  }
+
+  // As oracle.assert_close in the Python tests: one rounding to the result's dtype, and a
+  // few of the arithmetic's, relative to the size of the terms.
+  void near(Real actual, Real right, Real size, Dtype dtype, Real summed, const char* what) {
+    const Real unit = eps(dtype) / 2 + eps(compute_) * (4 + 0.5L * std::sqrt(summed));
+    const Real denormal = std::ldexp(Real{1}, kFormats[dtype].least_exponent) * eps(dtype);
+    if (std::fabs(actual - right) <= size * unit + denormal) return;
+    if (std::isinf(rounded(right, dtype)) && actual == rounded(right, dtype)) return;
+    char text[200];
+    std::snprintf(text, sizeof text, "%s is %.9Lg and not %.9Lg (+- %.2Lg)", what, actual,
+                  right, size * unit);
+    check(false, text);
+  }
+
+  bool coin(int sides = 2) { return random_() % sides == 0; }
+  int between(int a, int b) { return a + static_cast<int>(random_() % (b - a + 1)); }
+  Dtype dtype() { return static_cast<Dtype>(random_() % kDtypes); }
+  int64_t groups() {
+    std::vector<int64_t> divisors;
+    for (int64_t d = 1; d <= rows_; ++d) {
+      if (rows_ % d == 0) divisors.push_back(d);
+    }
+    return coin() ? 1 : divisors[random_() % divisors.size()];
+  }
+  Array empty(int64_t n, Dtype dtype) { return Array(n, dtype, between(0, 15)); }
+  Array normal(int64_t n, Dtype dtype, Real size, Real middle) {
+    Array array = empty(n, dtype);
+    std::normal_distribution<double> draw;
+    for (int64_t i = 0; i < n; ++i) {
+      set(array.data(), dtype, i, draw(random_) * size + middle);
+    }
+    return array;
+  }
+
+  std::mt19937_64& random_;
+  int64_t rows_, features_, n_;
+  bool center_, dtotal_, dmean_, drstd_;
+  Dtype x_, residual_, normalized_, y_, compute_, scale_dtype_, bias_dtype_;
+  double scale_offset_, epsilon_;
+  int64_t scale_groups_, bias_groups_, dscale_groups_;
+};
+
+void fuzz(int64_t cases, uint64_t seed) {
+  std::vector<std::unique_ptr<Workers>> pools;
+  for (int n : {1, 2, 4}) pools.push_back(std::make_unique<Workers>(n));
+  const auto kernels = all_kernels();
+  for (int64_t i = 0; i < cases; ++i) {
+    std::mt19937_64 random(seed + i);
+    // Mostly small, around the widths of vectors; some over the blocks of sums and chunks.
+    const int kind = static_cast<int>(random() % 1000);
+    int64_t rows = 1 + random() % 12, features = 1 + random() % 70;
+    if (kind < 20) rows = 1 + random() % 400;
+    if (kind >= 980) features = 1 + random() % 5000;
+    if (kind == 500) rows = 1 + random() % 40, features = 4000 + random() % 5000;
+    const RowKernels& each = *kernels[random() % kernels.size()];
+    current = "case " + std::to_string(seed + i) + " (" + each.name + ", " +
+              std::to_string(rows) + "x" + std::to_string(features) + ")";
+    Case(random, rows, features).run_and_compare(each, *pools[random() % pools.size()]);
+  }
+  std::printf("%lld cases on", static_cast<long long>(cases));
+  for (const RowKernels* each : kernels) std::printf(" %s", each->name);
+  std::printf("\n");
+}
+
+// Every float16 and bfloat16 widened; sums of two rounded, infinities and NaN too.
+void conversions() {
+  std::mt19937_64 random(1);
+  for (const RowKernels* kernels : all_kernels()) {
+    for (Dtype dtype : {kFloat16, kBFloat16}) {
+      current = std::string("conversions on ") + kernels->name;
+      Array all(65536, dtype, 0), other(65536, dtype, 1), wide(65536, kFloat32, 3);
+      Array sums(65536, dtype, 5);
+      for (int i = 0; i < 65536; ++i) {
+        const uint16_t bits = static_cast<uint16_t>(i);
+        const uint16_t random_bits = static_cast<uint16_t>(random());
+        std::memcpy(static_cast<char*>(all.data()) + 2 * i, &bits, 2);
+        std::memcpy(static_cast<char*>(other.data()) + 2 * i, &random_bits, 2);
+      }
+      kernels->widen[0][dtype](all.data(), 0, wide.data(), 65536);
+      kernels->add[dtype][dtype](all.data(), other.data(), sums.data(), 65536);
+      for (int i = 0; i < 65536; ++i) {
+        const auto same = [](Real a, Real b) {
+          return (std::isnan(a) && std::isnan(b)) || a == b;
+        };
+        check(same(wide[i], all[i]), "widened");
+        const Real right = rounded(rounded(all[i] + other[i], kFloat32), dtype);
+        check(same(sums[i], right), "rounded");
+      }
+    }
+  }
+}
+
+// ---- threads --------------------------------------------------------------------------
+
+struct Problem {
+  explicit Problem(int64_t rows, int64_t features, uint64_t seed)
+      : x(rows * features), dy(rows * features), scale(features, 1.5f), rows(rows),
+        features(features) {
+    std::mt19937_64 random(seed);
+    std::normal_distribution<float> draw;
+    for (auto& v : x) v = draw(random) + 30;
+    for (auto& v : dy) v = draw(random);
+  }
+
+  // y, mean, mean_low, rstd, dx, dscale, dbias, one after the other.
+  std::vector<float> run_on(Pool& pool, const RowKernels& kernels) const {
+    const int64_t n = rows * features;
+    std::vector<float> out(2 * n + 3 * rows + 2 * features);
+    float* at = out.data();
+    Forward f{};
+    f.center = true;
+    f.rows = rows;
+    f.features = features;
+    f.epsilon = 1e-6;
+    f.x = {x.data(), kFloat32, 1};
+    f.scale = {scale.data(), kFloat32, 1};
+    f.y = {at, kFloat32, 1};
+    f.mean = {at += n, kFloat32, 1};
+    f.mean_low = {at += rows, kFloat32, 1};
+    f.rstd = {at += rows, kFloat32, 1};
+    check(run(f, kernels, pool), "memory");
+    Backward b{};
+    b.center = true;
+    b.rows = rows;
+    b.features = features;
+    b.x = f.x;
+    b.scale = f.scale;
+    b.mean = {f.mean.data, kFloat32, 1};
+    b.mean_low = {f.mean_low.data, kFloat32, 1};
+    b.rstd = {f.rstd.data, kFloat32, 1};
+    b.dy = {dy.data(), kFloat32, 1};
+    b.dx = {at += rows, kFloat32, 1};
+    b.dscale = {at += n, kFloat32, 1};
+    b.dbias = {at += features, kFloat32, 1};
+    check(run(b, kernels, pool), "memory");
+    return out;
+  }
+
+  std::vector<float> x, dy, scale;
+  int64_t rows, features;
+};
+
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), 4 * a.size()) == 0;
+}
+
+void number_of_threads() {
+  for (const RowKernels* kernels : all_kernels()) {
+    for (auto [rows, features] : {std::pair<int64_t, int64_t>{1037, 301}, {3, 70000},
+                                  {20000, 9}, {256, 4099}}) {
+      current = std::string("number of threads on ") + kernels->name;
+      const Problem problem(rows, features, 7);
+      Workers one(1);
+      const auto expected = problem.run_on(one, *kernels);
+      for (int n : {2, 3, 8}) {
+        Workers pool(n);
+        for (int i = 0; i < 5; ++i) {
+          check(same_bits(problem.run_on(pool, *kernels), expected), "other bits");
+        }
+      }
+    }
+  }
+}
+
+void callers_at_once() {
+  current = "callers at once";
+  Workers pool(3);
+  std::vector<Problem> problems;
+  for (int i = 0; i < 4; ++i) problems.emplace_back(400 + 100 * i, 257, i);
+  Workers one(1);
+  std::vector<std::vector<float>> expected;
+  for (const auto& p : problems) expected.push_back(p.run_on(one, best_kernels()));
+  std::vector<std::thread> callers;
+  for (int t = 0; t < 6; ++t) {
+    callers.emplace_back([&, t] {
+      for (int i = 0; i < 12; ++i) {
+        const int k = (t + i) % 4;
+        check(same_bits(problems[k].run_on(pool, best_kernels()), expected[k]), "bits");
+      }
+    });
+  }
+  for (auto& caller : callers) caller.join();
+}
+
+// All of the pool's threads wait for what the caller does after the norm.
+void busy_pool() {
+  current = "busy pool";
+  const Problem problem(2000, 300, 3);
+  Workers one(1);
+  const auto expected = problem.run_on(one, best_kernels());
+  std::atomic<bool> go{false};
+  Workers pool(3);
+  for (int i = 0; i < 3; ++i) {
+    pool.schedule([&] {
+      while (!go) std::this_thread::yield();
+    });
+  }
+  check(same_bits(problem.run_on(pool, best_kernels()), expected), "other bits");
+  go = true;  // and the pool now gets to tasks of a norm that has been returned
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const int64_t cases = argc > 1 ? std::atoll(argv[1]) : 1000;
+  const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 0;
+  conversions();
+  number_of_threads();
+  callers_at_once();
+  busy_pool();
+  fuzz(cases, seed);
+  std::printf(failures == 0 ? "all right\n" : "%d failures\n", failures);
+  return failures != 0;
+}
