@@ -1,49 +1,33 @@
-"""Times on CPU of ours, of other norms, and of programs that only move the same bytes.
+"""Times on CPU: ours beside Flax, tokamax, equinox and torch, and beside copying.
 
-    ours        as the package lowers it
-    ours xla    implementation="xla"
-    custom_vjp  the textbook formulas with a hand-written backward pass, in jax.numpy
-    flax        linen.LayerNorm
-    tokamax     its XLA form, which is the one for CPUs
-    equinox     nn.LayerNorm under vmap
-    torch       nn.functional.layer_norm and autograd
-    copy        a jitted program that reads the arrays of the norm and writes as many, with
-                next to no arithmetic: what JAX's dispatch and the memory alone cost
+    ours      jax_layernorm, as it chooses; xla: its XLA form, by name
+    plain     a custom_vjp as people write it
+    flax, tokamax, equinox, torch: where installed
+    copy      XLA copies x (and dy, or the residual): as many bytes, nothing computed
+    floor     XLA reads all the inputs, and writes all the outputs, of the program
 
-forward is y alone; joint is forward and backward in one program; add is joint for
-residual + x and its norm. Parameters are float32. Every case runs interleaved: in each
-round one measurement of each, after a pause in which the others' threads go to sleep.
-Medians in ms; then each over ours, so more than 1 is slower than ours. Errors are the
-largest in y, dx, dscale and dbias, each in units of float32's (bfloat16's, for y and dx of
-bfloat16) eps at the largest right value, against float64.
-
-Torch and XLA take as many threads as there are cores; --threads 1 keeps all to one core.
+Programs: forward; joint, forward and backward in one; add, the norm of a residual sum; add
+joint. Parameters are float32. Medians over interleaved repetitions, in ms, each with its
+ratio to ours, on so many cores. A pause before each measurement lets torch's threads fall
+asleep, which otherwise spin and take the core from who comes next. Errors of y, dx, dscale
+and dbias against float64 are in units of the last place (`benchmarks.accuracy`).
 """
 
 from __future__ import annotations
 
 import functools
+import json
+import math
 import os
-import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
-
-import numpy as np
 
 from benchmarks import compilers
 
-
-def _keep_to_cores() -> None:
-    """Before JAX and torch start their threads."""
-    if "--threads" in sys.argv:
-        threads = int(sys.argv[sys.argv.index("--threads") + 1])
-        cores = sorted(os.sched_getaffinity(0))[:threads]
-        os.sched_setaffinity(0, cores)
-
-
-_keep_to_cores()
 compilers.keep_to_the_host()
 
 import jax  # noqa: E402
@@ -52,195 +36,251 @@ import jax.numpy as jnp  # noqa: E402
 import jax_layernorm as jln  # noqa: E402
 from benchmarks import accuracy, peers, report, shapes, timing  # noqa: E402
 
-NORMS = ("ours", "ours xla", "custom_vjp", "flax", "tokamax", "equinox")
-ALL = (*NORMS, "torch", "copy")
-DEFAULT_SHAPES = (
-    "gpt2", "gpt3-6.7b", "bert-large", "pairs", "decode", "one-token", "wide", "ragged",
+NORMS = ("ours", "xla", "plain", "flax", "tokamax", "equinox", "torch", "copy", "floor")
+PROGRAMS = ("forward", "joint", "add", "add joint")
+CPU_SHAPES = (
+    "gpt2", "gpt3-6.7b", "bert-large", "pairs", "decode", "one-token", "wide", "uneven",
 )  # fmt: skip
-PROGRAMS = ("forward", "joint", "add")
-PAUSE = 0.004  # the threads of torch go on spinning for about so long
+PAUSE = 0.004  # seconds; torch's threads spin for about one
 
 
-def added(name: str, norm: peers.Norm, params: Any, x: Any, residual: Any) -> Any:
-    """The norm of a sum, and the sum."""
-    if name.startswith("ours"):
-        named = {"implementation": "xla"} if name == "ours xla" else {}
-        return jln.add_layer_norm(params, x, residual, epsilon=peers.EPSILON, **named)
-    total = residual + x
-    return norm(params, total), total
+def jax_programs(norm: peers.Norm) -> dict[str, Callable[..., Any]]:
+    def add(params: Any, x: Any, residual: Any) -> Any:
+        total = residual + x
+        return norm(params, total), total
+
+    return programs_of(norm, add)
 
 
-def of_jax(program: str, name: str, norm: peers.Norm) -> Callable[..., Any]:
-    """To be jitted: `(params, x, dy) -> ...`; `dy` is residual and cotangents alike."""
-    if program == "forward":
-        return lambda params, x, dy: norm(params, x)
-    if program == "joint":
-        return peers.forward_backward(norm)
+def programs_of(norm: Any, add: Any) -> dict[str, Callable[..., Any]]:
+    def joint(params: Any, x: Any, dy: Any) -> Any:
+        y, vjp = jax.vjp(norm, params, x)
+        return y, vjp(dy)
 
-    def run(params: Any, x: Any, dy: Any) -> Any:
-        out, vjp = jax.vjp(functools.partial(added, name, norm), params, x, dy)
-        dparams, dx, _ = vjp((dy, dy))
-        return *out, dx, dparams
+    def add_joint(params: Any, x: Any, residual: Any) -> Any:
+        out, vjp = jax.vjp(add, params, x, residual)
+        return out, vjp((residual, x))
 
-    return run
+    forward = lambda params, x, dy: norm(params, x)  # noqa: E731
+    return dict(zip(PROGRAMS, (forward, joint, add, add_joint), strict=True))
 
 
-def copy(program: str) -> Callable[..., Any]:
-    def run(params: Any, x: Any, dy: Any) -> Any:
-        one = jnp.ones((), x.dtype)
-        if program == "forward":
-            return x + one, params
-        if program == "joint":
-            return x + one, x + dy, jax.tree.map(lambda p: p + 1, params)
-        return x + one, x + dy, x - dy, jax.tree.map(lambda p: p + 1, params)
-
-    return run
+def ours(implementation: str | None) -> dict[str, Callable[..., Any]]:
+    options = {"epsilon": peers.EPSILON, "implementation": implementation}
+    return programs_of(
+        functools.partial(jln.layer_norm, **options),
+        functools.partial(jln.add_layer_norm, **options),
+    )
 
 
-def of_torch(program: str, params: Any, x: Any, dy: Any) -> Callable[[], Any]:
+def copies() -> dict[str, Callable[..., Any]]:
+    copy = jnp.copy
+
+    def joint(params: Any, x: Any, dy: Any) -> Any:
+        return copy(x), copy(dy)
+
+    forward = lambda params, x, dy: copy(x)  # noqa: E731
+    return dict(zip(PROGRAMS, (forward, joint, joint, joint), strict=True))
+
+
+def floors() -> dict[str, Callable[..., Any]]:
+    def forward(params: Any, x: Any, dy: Any) -> Any:
+        return x + (params["scale"] + params["bias"]).astype(x.dtype)
+
+    def joint(params: Any, x: Any, dy: Any) -> Any:
+        return forward(params, x, dy) + dy, x - dy, jax.tree.map(jnp.negative, params)
+
+    def add(params: Any, x: Any, residual: Any) -> Any:
+        return joint(params, x, residual)[:2]
+
+    return dict(zip(PROGRAMS, (forward, joint, add, joint), strict=True))
+
+
+def torch_programs(params: Any, x: Any, dy: Any) -> dict[str, Callable[[], Any]]:
     import torch
 
     def tensor(array: Any) -> torch.Tensor:
-        wide = torch.from_numpy(np.array(array, np.float32))
+        wide = torch.from_numpy(jax.device_get(array.astype("float32")).copy())
         return wide.to(getattr(torch, array.dtype.name)).requires_grad_()
 
-    a, scale, bias = tensor(x), tensor(params["scale"]), tensor(params["bias"])
-    given, residual = tensor(dy).detach(), tensor(dy)
+    given = [tensor(a) for a in (x, params["scale"], params["bias"])]
+    other = tensor(dy)
+    fixed = other.detach()
 
-    def norm(x: torch.Tensor) -> torch.Tensor:
-        shape = (x.shape[-1],)
-        return torch.nn.functional.layer_norm(x, shape, scale, bias, peers.EPSILON)
+    def norm(total: torch.Tensor) -> torch.Tensor:
+        shape = total.shape[-1:]
+        return torch.nn.functional.layer_norm(total, shape, *given[1:], peers.EPSILON)
 
     def forward() -> Any:
         with torch.no_grad():
-            return norm(a)
+            return norm(given[0])
 
     def joint() -> Any:
-        y = norm(a)
-        return y, torch.autograd.grad(y, (a, scale, bias), given)
+        y = norm(given[0])
+        return y, torch.autograd.grad(y, given, fixed)
 
     def add() -> Any:
-        total = residual + a
+        with torch.no_grad():
+            total = other + given[0]
+            return norm(total), total
+
+    def add_joint() -> Any:
+        total = other + given[0]
         y = norm(total)
-        inputs = (a, residual, scale, bias)
-        return y, total, torch.autograd.grad((y, total), inputs, (given, given))
+        cotangents = (fixed, given[0].detach())
+        return y, total, torch.autograd.grad((y, total), (*given, other), cotangents)
 
-    return {"forward": forward, "joint": joint, "add": add}[program]
+    return dict(zip(PROGRAMS, (forward, joint, add, add_joint), strict=True))
 
 
-def errors(outputs: Any, params: Any, x: Any, dy: Any) -> list[float]:
-    """Of a joint program: y, dx, dscale, dbias."""
-    found = []
-    for actual, right in zip(outputs, accuracy.oracle(params, x, dy), strict=True):
-        eps = float(jnp.finfo(actual.dtype).eps)
-        largest = np.max(np.abs(right))
-        difference = np.max(np.abs(np.asarray(actual, np.float64) - right))
-        found.append(float(difference / (eps * largest)))
+def available(names: list[str]) -> dict[str, dict[str, Callable[..., Any]] | None]:
+    """Programs of each that is installed; None for torch, which needs the arrays."""
+    own = {"ours": ours(None), "xla": ours("xla"), "copy": copies(), "floor": floors()}
+    found: dict[str, Any] = {}
+    for name in names:
+        if name in own:
+            found[name] = own[name]
+        elif name == "torch":
+            reason = peers.import_error("torch")
+            if reason is None:
+                found[name] = None
+            else:
+                print(f"torch left out: {reason}")
+        else:
+            for each, norm in peers.available((name,)).items():
+                found[each] = jax_programs(norm)
     return found
 
 
 def measure(
-    program: str, shape: shapes.Shape, dtype: str, norms: Mapping[str, peers.Norm],
-    *, torch: bool, seconds: float, clock: Callable[[], float],
-) -> list[dict[str, Any]]:  # fmt: skip
+    found: dict[str, Any],
+    shape: shapes.Shape,
+    dtype: str,
+    wanted: list[str],
+    rounds: int,
+) -> list[dict[str, Any]]:
     params, x, dy = accuracy.inputs(shape, 1.0, jnp.dtype(dtype), 0)
-    functions: dict[str, Callable[[], Any]] = {}
-    wrong: dict[str, list[float]] = {}
-    made = {name: of_jax(program, name, norm) for name, norm in norms.items()}
-    for name, function in {**made, "copy": copy(program)}.items():
-        run = jax.jit(function)
-        if program == "joint" and name != "copy":
-            wrong[name] = errors(run(params, x, dy), params, x, dy)
-        functions[name] = functools.partial(
-            lambda run: jax.block_until_ready(run(params, x, dy)), run
+    right = accuracy.oracle(params, x, dy)
+    torch = torch_programs(params, x, dy) if "torch" in found else {}
+    elements = shape.rows * shape.features
+    inner = 20 if elements < 2e5 else 5 if elements < 2e6 else 1
+    results = []
+    for program in wanted:
+        run: dict[str, Callable[[], Any]] = {}
+        for name, programs in found.items():
+            if programs is None:
+                run[name] = torch[program]
+            else:
+                jitted = jax.jit(programs[program])
+                run[name] = functools.partial(
+                    lambda f: jax.block_until_ready(f(params, x, dy)), jitted
+                )
+        seconds = timing.interleaved(
+            run, repetitions=rounds, inner=inner, before=lambda: time.sleep(PAUSE)
         )
-    if torch:
-        functions["torch"] = of_torch(program, params, x, dy)
+        for name, value in seconds.items():
+            results.append(
+                {"shape": str(shape), "dtype": dtype, "program": program, "norm": name}
+                | {"ms": value * 1e3, "over ours": value / seconds["ours"]}
+                | errors(name, program, run[name], right)
+            )
+    return results
 
-    start = time.perf_counter()
-    for function in functions.values():
-        function()
-        function()
-    once = (time.perf_counter() - start) / 2
-    inner = 20 if once < 0.02 else 1
-    repetitions = int(
-        min(101, max(7, seconds / (once * inner + PAUSE * len(functions))))
-    )
-    medians = timing.interleaved(
-        functions,
-        repetitions=repetitions,
-        inner=inner,
-        before=lambda: time.sleep(PAUSE),
-        clock=clock,
-    )
-    case = {"shape": str(shape), "dtype": dtype, "program": program}
-    return [
-        {
-            **case,
-            "norm": name,
-            "ms": value * 1e3,
-            "over ours": value / medians["ours"],
-            "errors": wrong.get(name),
-        }
-        for name, value in medians.items()
+
+def errors(name: str, program: str, run: Any, right: Any) -> dict[str, Any]:
+    """Of y, dx, dscale, dbias, the largest, in units of the last place."""
+    if program != "joint" or name in ("copy", "floor"):
+        return {}
+    out = run()
+    if name == "torch":
+        y, (dx, dscale, dbias) = out
+        arrays = [
+            jnp.asarray(a.detach().float().numpy()) for a in (y, dx, dscale, dbias)
+        ]
+        kinds = [str(y.dtype).removeprefix("torch.")] * 2 + ["float32"] * 2
+    else:
+        y, (dparams, dx) = out
+        arrays = [y, dx, dparams["scale"], dparams["bias"]]
+        kinds = [a.dtype for a in arrays]
+    return {
+        f"error of {result}": accuracy.ulp_errors(a, r, kind).max
+        for result, a, r, kind in zip(
+            accuracy.RESULTS, arrays, right, kinds, strict=True
+        )
+    }
+
+
+def in_process(options: Any, threads: int) -> list[dict[str, Any]]:
+    if peers.import_error("torch") is None:
+        import torch
+
+        torch.set_num_threads(threads)
+    found = available(options.norms)
+    results = []
+    for dtype in options.dtypes:
+        table = []
+        for shape in options.shapes:
+            cases = measure(found, shape, dtype, options.programs, options.repetitions)
+            results += [case | {"threads": threads} for case in cases]
+            for program in options.programs:
+                row = {c["norm"]: c for c in cases if c["program"] == program}
+                cells = [f"{c['ms']:.3g} ({c['over ours']:.2f})" for c in row.values()]
+                table.append([str(shape), program, *cells])
+        print(f"{dtype}, {threads} threads: ms (over ours)")
+        report.print_table(("shape", "program", *found), table)
+    return results
+
+
+def print_summary(results: list[dict[str, Any]]) -> None:
+    """Geometric means over the shapes, and the worst, of each ratio to ours."""
+    groups: dict[Any, list[float]] = {}
+    for r in results:
+        key = (r["program"], r["dtype"], r["threads"], r["norm"])
+        groups.setdefault(key, []).append(r["over ours"])
+    table = [
+        [*key, math.exp(sum(map(math.log, ratios)) / len(ratios)), min(ratios)]
+        for key, ratios in groups.items()
+        if key[-1] != "ours"
     ]
+    print("Over ours: geometric mean over the shapes, and least")
+    report.print_table(("program", "dtype", "threads", "norm", "mean", "least"), table)
 
 
-def geometric_mean(values: list[float]) -> float:
-    return statistics.geometric_mean(values) if values else float("nan")
-
-
-def summary(results: list[dict[str, Any]], names: list[str]) -> list[list[Any]]:
-    """Over the shapes: the mean ratio to ours, and the least."""
-    rows = []
-    for program in PROGRAMS:
-        for dtype in dict.fromkeys(r["dtype"] for r in results):
-            cells = []
-            for name in names:
-                ratios = [
-                    r["over ours"]
-                    for r in results
-                    if (r["program"], r["dtype"], r["norm"]) == (program, dtype, name)
-                ]
-                if ratios:
-                    cells.append(f"{geometric_mean(ratios):.2f} ({min(ratios):.2f})")
-            if cells:
-                rows.append([program, dtype, *cells])
-    return rows
-
-
-def plot(path: str, where: dict[str, Any], results: list[dict[str, Any]]) -> None:
-    """How many times as long as ours each takes, forward and backward."""
+def plot(results: list[dict[str, Any]], where: dict[str, Any], path: str) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    import matplotlib.pyplot as plt
 
-    dtypes = list(dict.fromkeys(r["dtype"] for r in results))
-    names = [n for n in dict.fromkeys(r["norm"] for r in results) if n != "ours"]
-    figure, axes = pyplot.subplots(
-        len(dtypes), figsize=(11, 3.4 * len(dtypes)), squeeze=False
+    joint = [r for r in results if r["program"] == "joint"]
+    panels = sorted({(r["dtype"], r["threads"]) for r in joint}, reverse=True)
+    names = [n for n in NORMS if n != "ours" and any(r["norm"] == n for r in joint)]
+    figure, axes = plt.subplots(
+        len(panels), 1, figsize=(11, 2.6 * len(panels)), sharex=True, squeeze=False
     )
-    for ax, dtype in zip(axes[:, 0], dtypes, strict=True):
-        joint = [r for r in results if r["program"] == "joint" and r["dtype"] == dtype]
-        labels = list(dict.fromkeys(r["shape"] for r in joint))
+    for axis, (dtype, threads) in zip(axes[:, 0], panels, strict=True):
+        own = [r for r in joint if (r["dtype"], r["threads"]) == (dtype, threads)]
+        labels = list(dict.fromkeys(r["shape"] for r in own))
         for i, name in enumerate(names):
-            ratios = [r["over ours"] for r in joint if r["norm"] == name]
-            at = np.arange(len(ratios)) + (i + 0.5) / (len(names) + 1) - 0.5
-            ax.bar(at, np.array(ratios) - 1, 1 / (len(names) + 1), bottom=1, label=name)
-        ax.set_yscale("log")
-        ticks = (0.2, 0.5, 1, 2, 5, 10, 20, 50)
-        ax.set_yticks(ticks, list(map(str, ticks)))
-        ax.axhline(1, color="black", linewidth=1)
-        ax.set_xticks(range(len(labels)), labels)
-        ax.set_ylabel("time over ours")
-        ax.set_title(f"forward and backward, {dtype}", loc="left")
-    axes[0, 0].legend(ncols=len(names), fontsize="small")
-    jax_version = where["versions"]["jax"]
+            ratio = {r["shape"]: r["over ours"] for r in own if r["norm"] == name}
+            at = [k + 0.8 * (i / len(names) - 0.5) for k in range(len(labels))]
+            heights = [ratio[label] for label in labels]
+            axis.bar(at, heights, 0.8 / len(names), label=name, align="edge")
+        axis.axhline(1, color="black", linewidth=1)
+        axis.set_yscale("log")
+        axis.set_yticks(
+            [0.5, 1, 2, 5, 10, 20, 50], ["½", "1", "2", "5", "10", "20", "50"]
+        )
+        axis.set_ylabel("time, ours = 1")
+        axis.set_title(f"{dtype}, {threads} thread{'s' * (threads > 1)}", fontsize=10)
+        axis.set_xticks(range(len(labels)), labels)
+    axes[0, 0].legend(ncol=len(names), fontsize=8, loc="upper right")
+    versions = where["versions"]
     figure.suptitle(
-        f"{where['device']}, {where['threads']} threads, jax {jax_version},"
-        f" {where['date']}",
-        fontsize="small",
+        "Forward and backward pass of layer norm on CPU, time relative to jax_layernorm\n"
+        f"{where['device']}; jax {versions['jax']}, flax {versions.get('flax')}, torch"
+        f" {versions.get('torch')}; {where['date']}",
+        fontsize=10,
     )
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -250,64 +290,50 @@ def main(arguments: list[str] | None = None) -> None:
     parser = report.parser(__doc__)
     parser.add_argument(
         "--shapes", nargs="+", type=shapes.parse, metavar="ROWSxFEATURES",
-        default=list(map(shapes.parse, DEFAULT_SHAPES)),
+        default=list(map(shapes.parse, CPU_SHAPES)),
     )  # fmt: skip
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--programs", nargs="+", default=PROGRAMS, choices=PROGRAMS)
-    parser.add_argument("--norms", nargs="+", default=ALL, choices=ALL)
+    parser.add_argument("--norms", nargs="+", default=NORMS, choices=NORMS)
+    parser.add_argument("--repetitions", type=int, default=11)
     parser.add_argument(
-        "--seconds", type=float, default=2.0, help="for each case, all norms together"
-    )
-    parser.add_argument("--threads", type=int, help="cores to keep to; all if left out")
-    parser.add_argument("--plot", metavar="FILE", help="also draw the ratios")
-    parser.add_argument(
-        "--cpu-time",
-        action="store_true",
-        help="seconds of all threads together, for a machine that others use too",
-    )
+        "--threads", nargs="+", type=int, default=[os.cpu_count()],
+        help="cores to keep to; each number in a process of its own",
+    )  # fmt: skip
+    parser.add_argument("--plot", metavar="FILE", help="also draw joint's ratios here")
     options = parser.parse_args(arguments)
-    clock = time.process_time if options.cpu_time else time.perf_counter
 
-    threads = len(os.sched_getaffinity(0))
-    where = report.environment() | {"threads": threads}
-    report.print_environment(where)
-    chosen = tuple(n for n in NORMS if n in options.norms or n == "ours")
-    norms = peers.available(chosen)
-    with_torch = "torch" in options.norms
-    if with_torch:
-        reason = peers.import_error("torch")
-        if reason is None:
-            import torch
-
-            torch.set_num_threads(threads)
-        else:
-            print(f"torch left out: {reason}")
-            with_torch = False
-    names = [*norms, "copy", *["torch"] * with_torch]
-
-    results, table, wrong = [], [], []
-    for dtype in options.dtypes:
-        for shape in options.shapes:
-            for program in options.programs:
-                cases = measure(
-                    program, shape, dtype, norms,
-                    torch=with_torch, seconds=options.seconds, clock=clock,
-                )  # fmt: skip
-                results += cases
-                cells = [f"{c['ms']:.3g} ({c['over ours']:.2f})" for c in cases]
-                table.append([str(shape), dtype, program, *cells])
-                for c in cases:
-                    if c["errors"]:
-                        wrong.append([str(shape), dtype, c["norm"], *c["errors"]])
-    print(f"{threads} threads: ms (over ours)")
-    report.print_table(("shape", "dtype", "program", *names), table)
-    print("geometric mean over the shapes of the time over ours (and the least)")
-    report.print_table(("program", "dtype", *names), summary(results, names))
-    print("largest errors, in eps of the result at its largest value")
-    report.print_table(("shape", "dtype", "norm", *accuracy.RESULTS), wrong)
+    where = report.environment()
+    if len(options.threads) == 1:
+        report.print_environment(where)
+        allowed = len(os.sched_getaffinity(0))
+        if options.threads != [allowed]:
+            parser.error(
+                f"--threads {options.threads[0]}, but {allowed} cores are allowed"
+            )
+        results = in_process(options, allowed)
+    else:
+        results = in_children(options.threads, arguments or sys.argv[1:])
+    print_summary(results)
     report.write_json(options.json, where, results)
-    if options.plot:
-        plot(options.plot, where, results)
+    if options.plot is not None:
+        plot(results, where, options.plot)
+
+
+def in_children(threads: list[int], arguments: list[str]) -> list[dict[str, Any]]:
+    """XLA and torch make as many threads as there are cores when they start."""
+    results, all_cores = [], sorted(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as folder:
+        for number in threads:
+            path = os.path.join(folder, f"{number}.json")
+            os.sched_setaffinity(0, all_cores[:number])  # which the child inherits
+            command = [sys.executable, "-m", "benchmarks.cpu", *arguments]
+            command += ["--threads", str(number), "--json", path]
+            subprocess.run(command, check=True)
+            with open(path) as file:
+                results += json.load(file)["results"]
+    os.sched_setaffinity(0, all_cores)
+    return results
 
 
 if __name__ == "__main__":

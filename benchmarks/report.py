@@ -11,7 +11,7 @@ import platform
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "tokamax", "libtpu")
+PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "tokamax", "equinox", "libtpu")
 
 
 def parser(doc: str) -> argparse.ArgumentParser:

@@ -19,9 +19,9 @@ SHAPES = {
     "bert-large": Shape(8192, 1024),
     "pairs": Shape(32768, 128),  # AlphaFold's pair representation, attention heads
     "decode": Shape(64, 768),  # one token each of 64 sequences
-    "one-token": Shape(1, 4096),
+    "one-token": Shape(1, 4096),  # a decoder's next token, alone
     "wide": Shape(512, 16384),
-    "ragged": Shape(1000, 1000),  # a multiple of no register
+    "uneven": Shape(1000, 1000),  # no multiple of a vector or of a block
     "large": Shape(8192, 4096),
 }
 
