@@ -104,7 +104,7 @@ JLN_INLINE void forward_together(const ForwardRows& a, int64_t row) {
   const X* x = static_cast<const X*>(a.x) + row * features;
   Y* y = static_cast<Y*>(a.y) + row * features;
 
-  C mean[R] = {}, low[R] = {}, rstd[R];
+  C mean[R] = {}, low[R] = {}, rstd[R], shift[R] = {};
   if constexpr (kCenter) {
     double sums[1][R] = {};
     row_sums<R, U, 1>(features, sums, C{}, [&](int64_t i, auto which, V(*sum)[1]) {
@@ -142,18 +142,26 @@ JLN_INLINE void forward_together(const ForwardRows& a, int64_t row) {
       square = square == HUGE_VAL ? square : less < 0 ? 0 : less;
     }
     rstd[k] = static_cast<C>(1.0 / std::sqrt(average(square) + a.epsilon));
+    if constexpr (kCenter) {
+      // So that of a constant row `mean` is the element, and `low` 0.
+      const C high = mean[k] + low[k];
+      low[k] = (mean[k] - high) + low[k];
+      mean[k] = high;
+      shift[k] = -low[k] * rstd[k];
+    }
   }
   for_each<C>(0, features, [&](int64_t i, auto which) {
-    V factor{}, shift{};
+    V factor{}, beta{};
     if (gamma != nullptr) factor = load<C>(gamma + i, which);
-    if (bias != nullptr) shift = load<C>(bias + i, which);
+    if (bias != nullptr) beta = load<C>(bias + i, which);
     for (int k = 0; k < R; ++k) {
       __builtin_prefetch(x + (R + k) * features + i);  // the next rows
       V v = load<C>(x + k * features + i, which);
-      if constexpr (kCenter) v = (v - all<V>(mean[k])) - all<V>(low[k]);
-      v = v * all<V>(rstd[k]);
+      // (x - mean - low) * rstd, in two roundings.
+      if constexpr (kCenter) v = (v - all<V>(mean[k])) * all<V>(rstd[k]) + all<V>(shift[k]);
+      else v = v * all<V>(rstd[k]);
       if (gamma != nullptr) v = v * factor;
-      if (bias != nullptr) v = v + shift;
+      if (bias != nullptr) v = v + beta;
       store<C>(y + k * features + i, v, which);
     }
   });
@@ -219,18 +227,18 @@ JLN_INLINE void backward_together(const BackwardRows& a, int64_t row) {
   const X* x = static_cast<const X*>(a.x) + row * features;
   const DY* dy = static_cast<const DY*>(a.dy) + row * features;
   X* dx = static_cast<X*>(a.dx) + row * features;
-  C mean[R] = {}, low[R] = {}, rstd[R];
+  C mean[R] = {}, shift[R] = {}, rstd[R];
   for (int k = 0; k < R; ++k) {
+    rstd[k] = static_cast<const C*>(a.rstd)[row + k];
     if constexpr (kCenter) {
       mean[k] = static_cast<const C*>(a.mean)[row + k];
-      low[k] = static_cast<const C*>(a.mean_low)[row + k];
+      shift[k] = -static_cast<const C*>(a.mean_low)[row + k] * rstd[k];
     }
-    rstd[k] = static_cast<const C*>(a.rstd)[row + k];
   }
   const auto x_hat = [&](int k, int64_t i, auto which) {
-    V c = load<C>(x + k * features + i, which);
-    if constexpr (kCenter) c = (c - all<V>(mean[k])) - all<V>(low[k]);
-    return c * all<V>(rstd[k]);
+    const V c = load<C>(x + k * features + i, which);
+    if constexpr (kCenter) return (c - all<V>(mean[k])) * all<V>(rstd[k]) + all<V>(shift[k]);
+    else return c * all<V>(rstd[k]);
   };
 
   double sums[2][R] = {};
