@@ -133,6 +133,7 @@ JLN_INLINE void forward_together(const ForwardRows& a, int64_t row) {
   const auto average = [&](double sum) {
     return std::is_same_v<C, double> ? sum / count : sum * (1.0 / count);
   };
+  using Wide = std::conditional_t<std::is_same_v<C, double>, long double, double>;
   for (int k = 0; k < R; ++k) {
     double square = static_cast<C>(sums[0][k]);
     if constexpr (kCenter) {
@@ -141,7 +142,7 @@ JLN_INLINE void forward_together(const ForwardRows& a, int64_t row) {
       // Where it is infinite, inf - inf would be NaN.
       square = square == HUGE_VAL ? square : less < 0 ? 0 : less;
     }
-    rstd[k] = static_cast<C>(1.0 / std::sqrt(average(square) + a.epsilon));
+    rstd[k] = static_cast<C>(Wide{1} / std::sqrt(Wide{average(square)} + a.epsilon));
     if constexpr (kCenter) {
       // So that of a constant row `mean` is the element, and `low` 0.
       const C high = mean[k] + low[k];
@@ -265,11 +266,11 @@ JLN_INLINE void backward_together(const BackwardRows& a, int64_t row) {
     if (a.drstd != nullptr) {
       sum_along += double{rstd[k]} * static_cast<const C*>(a.drstd)[row + k];
     }
-    const C along_x_hat = static_cast<C>(sum_along * share);
-    const C mean_g = static_cast<C>(sums[1][k] * share);
-    C dmean = 0;
+    // dx = rstd * g - (x_hat * along_x_hat + constant): few roundings.
+    const C along_x_hat = static_cast<C>(sum_along * share * rstd[k]);
+    double constant = sums[1][k] * share * rstd[k];
     if (a.dmean != nullptr) {
-      dmean = static_cast<C>(static_cast<const C*>(a.dmean)[row + k] * share);
+      constant -= static_cast<const C*>(a.dmean)[row + k] * share;
     }
     const X* dtotal = static_cast<const X*>(a.dtotal);
     if (dtotal != nullptr) dtotal += (row + k) * features;
@@ -278,10 +279,9 @@ JLN_INLINE void backward_together(const BackwardRows& a, int64_t row) {
       __builtin_prefetch(dy + (R + k) * features + i);
       V g = load<C>(dy + k * features + i, which);
       if (gamma != nullptr) g = g * load<C>(gamma + i, which);
-      V v = g - x_hat(k, i, which) * all<V>(along_x_hat);
-      if constexpr (kCenter) v = v - all<V>(mean_g);
-      v = all<V>(rstd[k]) * v;
-      if constexpr (kCenter) v = v + all<V>(dmean);
+      V less = x_hat(k, i, which) * all<V>(along_x_hat);
+      if constexpr (kCenter) less = less + all<V>(static_cast<C>(constant));
+      V v = all<V>(rstd[k]) * g - less;
       if (dtotal != nullptr) v = v + load<C>(dtotal + i, which);
       store<C>(dx + k * features + i, v, which);
     });
