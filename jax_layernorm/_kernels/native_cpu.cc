@@ -18,17 +18,6 @@
 #include "native_cpu_norm.h"
 #include "xla/ffi/api/ffi.h"
 
-// What the library shows; all else is hidden.
-#define JLN_PUBLIC extern "C" __attribute__((visibility("default")))
-JLN_PUBLIC XLA_FFI_Error* jax_layernorm_forward(XLA_FFI_CallFrame*);
-JLN_PUBLIC XLA_FFI_Error* jax_layernorm_backward(XLA_FFI_CallFrame*);
-// The version of the FFI that the headers were of: a jaxlib must speak at least this one.
-JLN_PUBLIC const int jax_layernorm_ffi_api_version[2];
-JLN_PUBLIC const char* jax_layernorm_instruction_set();
-// Whether this process is a fork of the one that loaded the library: XLA's threads are then
-// not there.
-JLN_PUBLIC int jax_layernorm_forked();
-
 namespace jax_layernorm {
 namespace {
 
@@ -44,6 +33,7 @@ class XlaPool : public Pool {
   ffi::ThreadPool pool_;
 };
 
+// The threads of a forked process's parent are not there.
 const pid_t kLoadedBy = getpid();
 
 std::string text_of(ffi::AnyBuffer buffer) {
@@ -59,7 +49,7 @@ class Reader {
   Reader(ffi::RemainingArgs args, ffi::RemainingRets rets, std::string_view has,
          int64_t rows, int64_t features)
       : args_(args), rets_(rets), has_(has), rows_(rows), features_(features) {
-    if (jax_layernorm_forked()) {
+    if (getpid() != kLoadedBy) {
       fail("was called in a fork of the process that loaded it, where XLA's threads do "
            "not exist. Start processes by the spawn or forkserver method.");
     }
@@ -281,6 +271,14 @@ ffi::Error backward(ffi::ThreadPool threads, std::string_view has, bool center,
 }  // namespace
 }  // namespace jax_layernorm
 
+// What the library shows; all else is hidden.
+#define JLN_PUBLIC extern "C" __attribute__((visibility("default")))
+JLN_PUBLIC XLA_FFI_Error* jax_layernorm_forward(XLA_FFI_CallFrame*);
+JLN_PUBLIC XLA_FFI_Error* jax_layernorm_backward(XLA_FFI_CallFrame*);
+// The version of the FFI that the headers were of: a jaxlib must speak at least this one.
+JLN_PUBLIC const int jax_layernorm_ffi_api_version[2];
+JLN_PUBLIC const char* jax_layernorm_instruction_set();
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_layernorm_forward, jax_layernorm::forward,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
@@ -305,5 +303,3 @@ const int jax_layernorm_ffi_api_version[2] = {XLA_FFI_API_MAJOR, XLA_FFI_API_MIN
 const char* jax_layernorm_instruction_set() {
   return jax_layernorm::best_kernels().name;
 }
-
-int jax_layernorm_forked() { return getpid() != jax_layernorm::kLoadedBy; }
