@@ -118,7 +118,6 @@ REFUSED = {
     ("native_cpu", "exported_for_three_platforms"): "it is for CPUs|is exported",
     ("native_cpu", "exported_with_a_symbolic_batch"): "is exported",
     ("native_cpu", "grad_with_automatic_sharding"): "XLA partitions",
-    ("native_cpu", "grad_with_explicit_sharding"): "XLA partitions",
     ("native_cpu", "lowered_for_three_platforms"): "it is for CPUs",
 }
 

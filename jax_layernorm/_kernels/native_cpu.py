@@ -179,15 +179,20 @@ def _letters(**present: Any) -> str:
 @functools.cache
 def _not_loaded() -> str | None:
     """Loads the library and registers its handlers; why that cannot be, or None."""
-    # Of an editable install, the library is not beside this file, but in the same package.
-    for folder in sys.modules[__name__.rpartition(".")[0]].__path__:
-        library = pathlib.Path(folder, LIBRARY)
-        if library.exists():
-            return _load(library, pathlib.Path(jax.ffi.include_dir()))
-    return (
-        "its library was not compiled when the package was installed, which takes a C++"
-        " compiler"
-    )
+    library = _library()
+    if library is None:
+        return (
+            "its library was not compiled when the package was installed, which takes a"
+            " C++ compiler"
+        )
+    return _load(library, pathlib.Path(jax.ffi.include_dir()))
+
+
+def _library() -> pathlib.Path | None:
+    """In an editable install not beside this file, but in another folder of the package."""
+    folders = sys.modules[__name__.rpartition(".")[0]].__path__
+    found = (pathlib.Path(folder, LIBRARY) for folder in folders)
+    return next((path for path in found if path.exists()), None)
 
 
 def _load(library: pathlib.Path, headers: pathlib.Path) -> str | None:

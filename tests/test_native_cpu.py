@@ -1,0 +1,359 @@
+"""The CPU kernel as XLA calls it: buffers, threads, processes, versions, export.
+
+Its numbers are tested with those of the other implementations, and in C++ by
+`tests/native/driver.cc` (`make native`).
+"""
+
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import implementations
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax import export
+from jax.sharding import AxisType
+
+import jax_layernorm as jln
+from jax_layernorm._kernels import native_cpu
+
+
+@pytest.fixture(autouse=True)
+def built():
+    implementations.needed("native_cpu")
+
+
+ours = functools.partial(jln.layer_norm, implementation="native_cpu")
+
+
+def draw(*shape, dtype="float32", seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def gradients(params, x, dy, function=ours):
+    y, vjp = jax.vjp(function, params, x)
+    return y, vjp(dy)
+
+
+def bits(tree):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+# ---- buffers: each wrong one is an error that says which, and not a crash
+
+
+def forward_call(*operands, results, has="sbm", center=True, **attributes):
+    defaults = {"epsilon": np.float64(1e-6), "scale_offset": np.float64(0)}
+    call = jax.ffi.ffi_call(native_cpu.FORWARD, results)
+    return call(*operands, has=has, center=center, **(defaults | attributes))
+
+
+def result(*shape, dtype="float32"):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+X, ROW, STATISTIC = result(4, 8), result(1, 8), result(4)
+RIGHT = ([X, ROW, ROW], [X, STATISTIC, STATISTIC, STATISTIC])
+WRONG = {
+    "x of integers": (0, 0, result(4, 8, dtype="int32"), "got x"),
+    "x of rank 1": (0, 0, result(32), "got x"),
+    "x of rank 3": (0, 0, result(1, 4, 8), "got x"),
+    "x without rows": (0, 0, result(0, 8), "got x"),
+    "a short scale": (0, 1, result(1, 7), "got scale"),
+    "a scale of rank 1": (0, 1, result(8), "got scale"),
+    "groups that do not divide the rows": (0, 1, result(3, 8), "got scale"),
+    "a complex bias": (0, 2, result(1, 8, dtype="complex64"), "got bias"),
+    "a long y": (1, 0, result(5, 8), "got y"),
+    "y of bytes": (1, 0, result(4, 8, dtype="uint8"), "got y"),
+    "a short mean": (1, 1, result(3), "got mean"),
+    "a mean of another dtype": (
+        1,
+        1,
+        result(4, dtype="bfloat16"),
+        "got mean of a dtype",
+    ),
+    "rstd of rank 2": (1, 3, result(4, 1), "got rstd"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_buffer_that_does_not_fit_is_an_error_that_names_it(case):
+    side, index, wrong, message = WRONG[case]
+    operands, results = map(list, RIGHT)
+    (operands, results)[side][index] = wrong
+    arrays = [jnp.ones(a.shape, a.dtype) for a in operands]
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(forward_call(*arrays, results=results))
+
+
+@pytest.mark.parametrize(
+    ("has", "operands", "results", "message"),
+    (
+        ("", 3, 1, "more operands"),
+        ("", 1, 4, "more results"),
+        ("sb", 2, 1, "not given bias"),
+        ("m", 1, 2, "not given mean_low"),
+        ("rsb", 3, 1, "got residual"),
+    ),
+)
+def test_a_wrong_number_of_buffers_is_an_error(has, operands, results, message):
+    arrays = [jnp.ones(a.shape, a.dtype) for a in RIGHT[0][:operands]]
+    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        jax.block_until_ready(
+            forward_call(*arrays, results=RIGHT[1][:results], has=has)
+        )
+
+
+def test_the_right_buffers_are_taken():
+    arrays = [jnp.ones(a.shape, a.dtype) for a in RIGHT[0]]
+    y, mean, _, _ = forward_call(*arrays, results=RIGHT[1])
+    np.testing.assert_array_equal(y, np.ones((4, 8)))
+    np.testing.assert_array_equal(mean, np.ones(4))
+
+
+def test_backward_checks_its_buffers_too():
+    def call(dx, dscale_groups):
+        results = [dx, result(dscale_groups, 8), result(2, 8)]
+        operands = [jnp.ones((6, 8)), *[jnp.ones(6)] * 3, jnp.ones((6, 8))]
+        backward = jax.ffi.ffi_call(native_cpu.BACKWARD, results)
+        out = backward(*operands, has="SB", center=True, scale_offset=np.float64(0))
+        return jax.block_until_ready(out)
+
+    call(result(6, 8), 6)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="got dx of a dtype"):
+        call(result(6, 8, dtype="float16"), 6)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="groups of rows that cross"):
+        call(result(6, 8), 3)
+
+
+@pytest.mark.parametrize("shift", (1, 2, 3, 5))
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16"))
+def test_rows_that_start_at_odd_addresses_are_right(dtype, shift):
+    """No row but the first is aligned to a vector where a row is `8 * k + shift` long."""
+    x, dy = draw(37, 64 + shift, dtype=dtype), draw(37, 64 + shift, dtype=dtype, seed=1)
+    params = jln.init_params(64 + shift)
+    y, (dparams, dx) = jax.jit(gradients)(params, x, dy)
+    expected = oracle.norm(x, **params, dy=dy)
+    oracle.assert_close(y, expected.y)
+    oracle.assert_close(dx, expected.dx, against=expected.dx_size)
+    oracle.assert_close(dparams["scale"], expected.dscale, summed=37)
+
+
+# ---- groups of rows with parameters of their own
+
+
+@pytest.mark.parametrize("center", (True, False))
+@pytest.mark.parametrize(
+    ("scale", "bias"),
+    (
+        ((6, 1, 8), (6, 1, 8)),
+        ((6, 5, 8), (6, 5, 8)),
+        ((6, 5, 8), (8,)),
+        ((6, 1, 8), (6, 5, 8)),
+        ((8,), (6, 1, 8)),
+    ),
+    ids=str,
+)
+def test_parameters_of_groups_of_rows_are_summed_by_group(scale, bias, center):
+    x, dy = draw(6, 5, 8), draw(6, 5, 8, seed=1)
+    params = {"scale": draw(*scale, seed=2), "bias": draw(*bias, seed=3)}
+    function = jln.layer_norm if center else jln.rms_norm
+    function = functools.partial(function, implementation="native_cpu")
+    y, (dparams, dx) = gradients(params, x, dy, function)
+    expected = oracle.norm(x, **params, dy=dy, center=center)
+    oracle.assert_close(y, expected.y, against=expected.y_size)
+    oracle.assert_close(dx, expected.dx, against=expected.dx_size)
+    oracle.assert_close(dparams["scale"], expected.dscale, against=expected.dscale_size)
+    oracle.assert_close(dparams["bias"], expected.dbias, against=expected.dbias_size)
+
+
+def test_gradients_of_single_examples_keep_the_kernel():
+    params, x = jln.init_params(16), draw(5, 7, 16)
+
+    def loss(params, x):
+        return jnp.sum(jnp.sin(ours(params, x)))
+
+    each = jax.vmap(jax.grad(loss), (None, 0))
+    assert jax.jit(each).lower(params, x).as_text().count(native_cpu.BACKWARD) == 1
+    for i, one in enumerate(jnp.unstack(x)):
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
+            jax.tree.map(lambda a, i=i: a[i], each(params, x)),
+            jax.grad(loss)(params, one),
+        )
+
+
+# ---- threads and processes
+
+ON_SO_MANY_CORES = """
+import os, sys
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:int(sys.argv[1])])
+import hashlib, jax, jax.numpy as jnp, numpy as np, jax_layernorm as jln
+rng, digest = np.random.default_rng(0), hashlib.sha256()
+for rows, features in ((1037, 301), (3, 70000), (20000, 9), (4096, 768), (256, 4099)):
+    x, dy = (jnp.asarray(rng.normal(size=(rows, features)) + 9, "float32") for _ in "xy")
+    params = jln.init_params(features)
+    norm = lambda p, x: jln.layer_norm(p, x, implementation="native_cpu")
+    y, vjp = jax.vjp(norm, params, x)
+    for leaf in jax.tree.leaves((y, vjp(dy))):
+        digest.update(np.asarray(leaf).tobytes())
+print(digest.hexdigest())
+"""
+
+
+def script(source, *arguments):
+    command = [sys.executable, "-c", source, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there is one core")
+def test_the_number_of_threads_changes_no_bit():
+    assert script(ON_SO_MANY_CORES, "1") == script(ON_SO_MANY_CORES, "2")
+
+
+def test_many_python_threads_at_once_get_the_same_bits():
+    params, dy = jln.init_params(300), draw(700, 300, seed=1)
+    run = jax.jit(gradients)
+    inputs = [draw(700, 300, seed=seed) for seed in range(8)]
+    expected = [bits(run(params, x, dy)) for x in inputs]
+    with ThreadPoolExecutor(16) as pool:
+        results = pool.map(lambda x: bits(run(params, x, dy)), inputs * 8)
+        assert list(results) == expected * 8
+
+
+def test_several_devices_run_it_at_once():
+    """Inside `shard_map` on the 8 devices of the tests, which share one pool."""
+    mesh = jax.make_mesh((8,), ("rows",), axis_types=(AxisType.Auto,))
+    specs = {"in_specs": jax.P("rows"), "out_specs": jax.P("rows")}
+    norm = functools.partial(ours, jln.init_params(64))
+    x = draw(8 * 1000, 64)
+    split = jax.jit(jax.shard_map(norm, mesh=mesh, **specs))(x)
+    np.testing.assert_array_equal(split, norm(x))
+
+
+FORKED = """
+import os, signal, time, jax, jax.numpy as jnp, jax_layernorm as jln
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+norm = jax.jit(lambda x: jln.layer_norm({}, x, implementation="native_cpu"))
+x = jnp.ones((4, 8))
+norm(x).block_until_ready()
+child = os.fork()
+if child == 0:
+    norm(x).block_until_ready()
+    os._exit(0)
+deadline = time.monotonic() + 10
+while os.waitpid(child, os.WNOHANG) == (0, 0):
+    if time.monotonic() > deadline:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        break
+    time.sleep(0.1)
+"""
+
+
+def test_in_a_forked_process_the_kernel_returns_an_error():
+    """XLA prints it, and then hangs, as it does after a fork without the kernel."""
+    command = [sys.executable, "-c", FORKED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "in a fork of the process that loaded it" in done.stderr
+
+
+# ---- versions, and a machine without a compiler
+
+
+def headers_of(version, folder):
+    api = folder / "xla" / "ffi" / "api"
+    api.mkdir(parents=True)
+    major, minor = version
+    text = f"#define XLA_FFI_API_MAJOR {major}\n#define XLA_FFI_API_MINOR {minor}\n"
+    (api / "c_api.h").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def unregistered(monkeypatch):
+    def register(name, *_, **__):
+        pytest.fail(f"{name} was registered")
+
+    monkeypatch.setattr(jax.ffi, "register_ffi_target", register)
+
+
+@pytest.mark.usefixtures("unregistered")
+@pytest.mark.parametrize("version", ((0, 0), (0, 2), (1, 0), (1, 9)))
+def test_a_jaxlib_of_an_older_ffi_never_sees_the_library(version, tmp_path):
+    reason = native_cpu._load(native_cpu._library(), headers_of(version, tmp_path))
+    assert "needs version 0.3 of XLA's FFI" in reason
+    assert f"has {version[0]}.{version[1]}" in reason
+
+
+@pytest.mark.usefixtures("unregistered")
+def test_what_cannot_be_loaded_or_compared_is_told(tmp_path):
+    assert "is not found in" in native_cpu._load(native_cpu._library(), tmp_path)
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"not a library")
+    assert "does not load" in native_cpu._load(broken, tmp_path)
+
+
+def test_the_version_is_that_of_the_headers_the_library_was_built_with():
+    here = native_cpu._ffi_api_version(pathlib.Path(jax.ffi.include_dir()))
+    assert here is not None and here >= (0, 3)
+
+
+def test_without_the_library_xla_runs_and_explain_says_why(monkeypatch):
+    monkeypatch.setattr(native_cpu, "LIBRARY", "no-such-library.so")
+    native_cpu._not_loaded.cache_clear()
+    jax.clear_caches()
+    try:
+        x = draw(4, 24)
+        choice = jln.explain({}, x)["cpu"]
+        assert choice.implementation == "xla"
+        assert "was not compiled" in choice.reasons["native_cpu"]
+        oracle.assert_close(jln.layer_norm({}, x), oracle.norm(x).y)
+        with pytest.raises(NotImplementedError, match="was not compiled"):
+            ours({}, x)
+    finally:
+        native_cpu._not_loaded.cache_clear()
+        jax.clear_caches()
+
+
+def test_nothing_is_loaded_before_a_norm_is_lowered():
+    printed = script(
+        """
+import jax, jax_layernorm as jln
+loaded = lambda: "libjax_layernorm_cpu" in open("/proc/self/maps").read()
+print(loaded())
+jax.eval_shape(lambda x: jln.layer_norm({}, x), jax.numpy.ones((4, 8)))
+print(loaded())
+jln.layer_norm({}, jax.numpy.ones((4, 8)))
+print(loaded())
+"""
+    )
+    assert printed == "False\nFalse\nTrue\n"
+
+
+# ---- export
+
+
+def test_a_program_exported_with_the_kernel_as_the_default_holds_none_of_it():
+    x = draw(4, 8)
+    assert jln.explain({}, x)["cpu"].implementation == "native_cpu"
+    norm = jax.jit(lambda x: jln.layer_norm({}, x))
+    assert native_cpu.FORWARD in norm.lower(x).as_text()
+    exported = export.export(norm, platforms=("cpu", "cuda", "tpu"))(x)
+    assert native_cpu.FORWARD not in exported.mlir_module()
+    y = export.deserialize(exported.serialize()).call(x)
+    oracle.assert_close(y, oracle.norm(x).y)
+
+
+def test_a_named_kernel_refuses_to_be_exported_and_says_what_would_be_needed():
+    norm = jax.jit(functools.partial(ours, {}))
+    with pytest.raises(NotImplementedError, match=r"DisabledSafetyCheck\.custom_call"):
+        export.export(norm, platforms=("cpu",))(draw(4, 8))
