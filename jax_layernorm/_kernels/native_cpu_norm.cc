@@ -15,7 +15,7 @@ constexpr int64_t kAddedElements = 4096;
 // Rows over which dscale and dbias are summed before the sums are: blocks large enough
 // that their sums are little beside x, few enough that adding them up is too, many enough
 // for many threads.
-constexpr int64_t kLeastBlockRows = 16;
+constexpr int64_t kLeastBlockRows = 32;
 constexpr int64_t kLeastBlockElements = 8 * 1024;
 constexpr int64_t kMostBlocks = 64;
 
@@ -69,17 +69,9 @@ class Parameter {
 // by any thread; then, where a group has several, the blocks' sums, in their order.
 struct Gradient {
   Out out;
-  int64_t rows_each = 0;   // in a group
-  int64_t blocks_each = 0; // in a group; 0 where a block holds one or several groups
-  std::unique_ptr<char[]> partial;
-
-  void* row_for(int64_t row, int64_t block, int64_t features) const {
-    if (out.data == nullptr) return nullptr;
-    if (partial == nullptr) {
-      return advance(out.data, out.dtype, row / rows_each * features);
-    }
-    return advance<void>(partial.get(), out.dtype, block * features);
-  }
+  int64_t rows_each = 0;    // in a group
+  int64_t blocks_each = 0;  // in a group; 0 where a block holds one or several groups
+  std::unique_ptr<double[]> partial = nullptr;
 };
 
 // Runs of at most `rows` rows that cross no multiple of `unit`.
@@ -105,20 +97,19 @@ Blocks blocks_of(const Backward& p, const Gradient& a, const Gradient& b) {
   return {rows, unit, in_a_unit, p.rows / unit * in_a_unit};
 }
 
-bool sum_blocks(const Gradient& g, int64_t features, Dtype compute,
+bool sum_blocks(const Gradient& g, int64_t features, int64_t padded, Dtype compute,
                 const RowKernels& kernels, Pool& pool) {
   if (g.partial == nullptr) return true;
-  const auto sum = kernels.sum[compute == kFloat64];
+  const bool wide = compute == kFloat64;
   const int64_t columns = 1024, strips = ceil_div(features, columns);
-  const int64_t elements = g.out.groups * g.blocks_each * features;
   return parallel_for(
-      pool, g.out.groups * strips, helpers_for(elements),
+      pool, g.out.groups * strips, helpers_for(g.out.groups * g.blocks_each * features),
       [&](int64_t chunk, Scratch&) {
         const int64_t group = chunk / strips, first = chunk % strips * columns;
-        const int64_t from = group * g.blocks_each * features + first;
-        sum(advance<void>(g.partial.get(), compute, from), g.blocks_each, features,
-            advance(g.out.data, compute, group * features + first),
-            std::min(columns, features - first));
+        const int64_t sums = group * g.blocks_each * kSumWords[wide] * padded;
+        kernels.sum[wide](g.partial.get() + sums + first, g.blocks_each, padded,
+                          advance(g.out.data, compute, group * features + first),
+                          std::min(columns, features - first));
       });
 }
 
@@ -187,34 +178,41 @@ bool run(const Backward& p, const RowKernels& kernels, Pool& pool) try {
   const Parameter gamma(p.scale, p.scale_offset, p.rows, p.features, compute, kernels, 0);
   const auto backward = kernels.backward[p.center][p.x.dtype][p.dy.dtype];
 
-  Gradient dscale{p.dscale, p.rows / p.dscale.groups, 0, nullptr};
-  Gradient dbias{p.dbias, p.rows / p.dbias.groups, 0, nullptr};
+  const bool wide = compute == kFloat64;
+  const int64_t padded = ceil_div(p.features, kPadding) * kPadding;
+  const int64_t sum_size = kSumWords[wide] * padded;
+
+  Gradient dscale{p.dscale, p.rows / p.dscale.groups};
+  Gradient dbias{p.dbias, p.rows / p.dbias.groups};
   const Blocks blocks = blocks_of(p, dscale, dbias);
   for (Gradient* g : {&dscale, &dbias}) {
     if (g->out.data == nullptr || g->rows_each <= blocks.rows) continue;
     g->blocks_each = blocks.count / g->out.groups;
-    g->partial.reset(new char[blocks.count * p.features * kBytesOf[compute]]);
+    g->partial.reset(new double[blocks.count * sum_size]);
   }
 
   const auto body = [&](int64_t block, Scratch& scratch) {
     const int64_t unit = block / blocks.in_a_unit * blocks.unit;
     const int64_t begin = unit + block % blocks.in_a_unit * blocks.rows;
     const int64_t end = std::min(begin + blocks.rows, unit + blocks.unit);
+    const Gradient* const gradients[] = {&dscale, &dbias};
+    double* sums[2] = {};
     for (int64_t row = begin; row < end;) {
       int64_t stop = std::min(end, gamma.until(row));
-      BackwardRows a{};
-      void** const sums[] = {&a.dscale, &a.dbias};
-      const Gradient* const gradients[] = {&dscale, &dbias};
       for (int i = 0; i < 2; ++i) {
         const Gradient& g = *gradients[i];
-        *sums[i] = g.row_for(row, block, p.features);
-        if (*sums[i] == nullptr) continue;
+        if (g.out.data == nullptr) continue;
         if (row == begin || row % g.rows_each == 0) {
-          std::memset(*sums[i], 0, p.features * kBytesOf[compute]);
+          const int64_t size = sum_size * int64_t{sizeof(double)};
+          sums[i] = g.partial != nullptr
+                        ? g.partial.get() + block * sum_size
+                        : static_cast<double*>(scratch.bytes(2 + i, size));
+          std::memset(sums[i], 0, size);
         }
         stop = std::min(stop, (row / g.rows_each + 1) * g.rows_each);
       }
       const int64_t element = row * p.features;
+      BackwardRows a{};
       a.rows = stop - row;
       a.features = p.features;
       a.x = advance(p.x.data, p.x.dtype, element);
@@ -227,13 +225,22 @@ bool run(const Backward& p, const RowKernels& kernels, Pool& pool) try {
       a.dmean = advance(p.dmean.data, compute, row);
       a.drstd = advance(p.drstd.data, compute, row);
       a.dx = advance(p.dx.data, p.dx.dtype, element);
+      a.dscale = sums[0];
+      a.dbias = sums[1];
+      a.padded = padded;
       backward(a);
+      for (int i = 0; i < 2; ++i) {  // those whose group ends here
+        const Gradient& g = *gradients[i];
+        if (sums[i] == nullptr || g.partial != nullptr || stop % g.rows_each != 0) continue;
+        void* to = advance(g.out.data, compute, row / g.rows_each * p.features);
+        kernels.sum[wide](sums[i], 1, padded, to, p.features);
+      }
       row = stop;
     }
   };
   return parallel_for(pool, blocks.count, helpers_for(p.rows * p.features), body) &&
-         sum_blocks(dscale, p.features, compute, kernels, pool) &&
-         sum_blocks(dbias, p.features, compute, kernels, pool);
+         sum_blocks(dscale, p.features, padded, compute, kernels, pool) &&
+         sum_blocks(dbias, p.features, padded, compute, kernels, pool);
 } catch (const std::bad_alloc&) {
   return false;
 }

@@ -2,8 +2,9 @@
 // that this file is compiled for; JLN_KERNELS names the table it defines.
 //
 // A row is read from memory once: what a later pass over it needs is still in the cache.
-// A lane sums at most kTerms terms, then so many of these sums, and what that gives is
-// summed in float64: the order is fixed, and a long row costs no accuracy.
+// Sums along a row run in vectors of partial sums over kBlock registers of elements, in a
+// fixed order, and over these blocks in vectors of float64. Sums over rows run over a few
+// rows in the dtype of the arithmetic, and over these in about twice its precision.
 
 #include <cmath>
 #include <type_traits>
@@ -14,7 +15,7 @@
 namespace jax_layernorm {
 namespace {
 
-constexpr int kTerms = 16;
+constexpr int64_t kBlock = 32;
 
 template <class T>
 using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -29,6 +30,26 @@ JLN_INLINE void for_each(int64_t begin, int64_t end, Step step) {
   if (i < end) step(i, Part{static_cast<int>(end - i)});
 }
 
+// Two float64 vectors, or one, with as many lanes as one of C.
+template <class C>
+struct WideSum {
+  Register<double> parts[sizeof(double) / sizeof(C)] = {};
+
+  JLN_INLINE void add(Register<C> v) {
+    constexpr int N = kLanes<double>;
+    struct { Vector<C, N> part[sizeof(double) / sizeof(C)]; } split;
+    std::memcpy(&split, &v, sizeof v);
+    for (size_t i = 0; i < sizeof(double) / sizeof(C); ++i) {
+      parts[i] += __builtin_convertvector(split.part[i], Register<double>);
+    }
+  }
+  JLN_INLINE double total() const {
+    Register<double> sum = parts[0];
+    if constexpr (sizeof(C) < sizeof(double)) sum += parts[1];
+    return sum_of_lanes<double, kLanes<double>>(sum);
+  }
+};
+
 // For each of R rows, S sums over its elements: accumulate(i, which, sums) adds the terms
 // of a register of each row to the vectors sums[row][s]. U sets of these take turns, so
 // that additions need not wait for each other.
@@ -36,11 +57,9 @@ template <int R, int U, int S, class C, class Accumulate>
 JLN_INLINE void row_sums(int64_t features, double (&totals)[S][R], C,
                          Accumulate accumulate) {
   constexpr int N = kLanes<C>;
-  constexpr int64_t block = kTerms * U * N;
-  Register<C> of_blocks[S][R] = {};
-  int blocks = 0;
-  for (int64_t begin = 0; begin < features; begin += block) {
-    const int64_t end = features - begin < block ? features : begin + block;
+  WideSum<C> wide[R][S];
+  for (int64_t begin = 0; begin < features; begin += kBlock * N) {
+    const int64_t end = features - begin < kBlock * N ? features : begin + kBlock * N;
     Register<C> sums[U][R][S] = {};
     int64_t i = begin;
     for (; i + U * N <= end; i += U * N) {
@@ -49,20 +68,27 @@ JLN_INLINE void row_sums(int64_t features, double (&totals)[S][R], C,
     for_each<C>(i, end, [&](int64_t j, auto which) { accumulate(j, which, sums[0]); });
     for (int s = 0; s < S; ++s) {
       for (int k = 0; k < R; ++k) {
-        Register<C> sum = sums[0][k][s];
-        for (int u = 1; u < U; ++u) sum += sums[u][k][s];
-        of_blocks[s][k] += sum;
+        for (int step = 1; step < U; step *= 2) {
+          for (int u = 0; u + step < U; u += 2 * step) sums[u][k][s] += sums[u + step][k][s];
+        }
+        if (begin == 0 && end == features) {  // a short row; the rest would cost as much
+          totals[s][k] = sum_of_lanes<C, N>(sums[0][k][s]);
+        } else {
+          wide[k][s].add(sums[0][k][s]);
+        }
       }
     }
-    if (++blocks < kTerms && end < features) continue;
-    for (int s = 0; s < S; ++s) {
-      for (int k = 0; k < R; ++k) {
-        totals[s][k] += sum_of_lanes<C, N>(of_blocks[s][k]);
-        of_blocks[s][k] = Register<C>{};
-      }
-    }
-    blocks = 0;
+    if (begin == 0 && end == features) return;
   }
+  for (int s = 0; s < S; ++s) {
+    for (int k = 0; k < R; ++k) totals[s][k] = wide[k][s].total();
+  }
+}
+
+// What rounding takes from a + b (Knuth), whichever is the larger.
+JLN_INLINE Register<double> two_sum_error(Register<double> a, Register<double> b) {
+  const auto sum = a + b, b_there = sum - a;
+  return (a - (sum - b_there)) + (b - b_there);
 }
 
 // Several short rows together, since each alone would wait for its sums.
@@ -78,7 +104,7 @@ JLN_INLINE void forward_together(const ForwardRows& a, int64_t row) {
   const X* x = static_cast<const X*>(a.x) + row * features;
   Y* y = static_cast<Y*>(a.y) + row * features;
 
-  C mean[R] = {}, low[R] = {}, rstd[R];
+  C mean[R] = {}, low[R] = {}, rstd[R], shift[R] = {};
   if constexpr (kCenter) {
     double sums[1][R] = {};
     row_sums<R, U, 1>(features, sums, C{}, [&](int64_t i, auto which, V(*sum)[1]) {
@@ -95,43 +121,56 @@ JLN_INLINE void forward_together(const ForwardRows& a, int64_t row) {
       V c = load<C>(x + k * features + i, which);
       if constexpr (kCenter) {
         c = only<C>(c - all<V>(mean[k]), which);
-        sum[k][1] += c * all<V>(share);
+        sum[k][1] += c;
       }
       sum[k][0] += c * c;
     }
   });
+  const double count = static_cast<double>(features);
+  // For float64 divided: of a constant row, the elements less their mean are some units in
+  // the last place, all the same, and their mean must be that number, exactly. (For
+  // float32 the rounding from float64 sees to that.)
+  const auto average = [&](double sum) {
+    return std::is_same_v<C, double> ? sum / count : sum * (1.0 / count);
+  };
+  using Wide = std::conditional_t<std::is_same_v<C, double>, long double, double>;
   for (int k = 0; k < R; ++k) {
     double square = static_cast<C>(sums[0][k]);
     if constexpr (kCenter) {
-      low[k] = static_cast<C>(sums[1][k]);
-      if (square != HUGE_VAL) {  // where inf - inf would be NaN
-        square -= static_cast<double>(features) * low[k] * low[k];
-        if (square < 0) square = 0;
-      }
+      low[k] = static_cast<C>(average(sums[1][k]));
+      const double less = square - count * low[k] * low[k];
+      // Where it is infinite, inf - inf would be NaN.
+      square = square == HUGE_VAL ? square : less < 0 ? 0 : less;
     }
-    const double variance = square / static_cast<double>(features);
-    rstd[k] = static_cast<C>(1.0 / std::sqrt(variance + a.epsilon));
+    rstd[k] = static_cast<C>(Wide{1} / std::sqrt(Wide{average(square)} + a.epsilon));
+    if constexpr (kCenter) {
+      // So that of a constant row `mean` is the element, and `low` 0.
+      const C high = mean[k] + low[k];
+      low[k] = (mean[k] - high) + low[k];
+      mean[k] = high;
+      shift[k] = -low[k] * rstd[k];
+    }
   }
   for_each<C>(0, features, [&](int64_t i, auto which) {
-    V factor{}, shift{};
+    V factor{}, beta{};
     if (gamma != nullptr) factor = load<C>(gamma + i, which);
-    if (bias != nullptr) shift = load<C>(bias + i, which);
+    if (bias != nullptr) beta = load<C>(bias + i, which);
     for (int k = 0; k < R; ++k) {
       __builtin_prefetch(x + (R + k) * features + i);  // the next rows
       V v = load<C>(x + k * features + i, which);
-      if constexpr (kCenter) v = (v - all<V>(mean[k])) - all<V>(low[k]);
-      v = v * all<V>(rstd[k]);
+      // (x - mean - low) * rstd, in two roundings.
+      if constexpr (kCenter) v = (v - all<V>(mean[k])) * all<V>(rstd[k]) + all<V>(shift[k]);
+      else v = v * all<V>(rstd[k]);
       if (gamma != nullptr) v = v * factor;
-      if (bias != nullptr) v = v + shift;
+      if (bias != nullptr) v = v + beta;
       store<C>(y + k * features + i, v, which);
     }
   });
   if (a.rstd != nullptr) {
     for (int k = 0; k < R; ++k) {
       if constexpr (kCenter) {
-        const C high = mean[k] + low[k];  // which is the mean, rounded
-        static_cast<C*>(a.mean)[row + k] = high;
-        static_cast<C*>(a.mean_low)[row + k] = (mean[k] - high) + low[k];
+        static_cast<C*>(a.mean)[row + k] = mean[k];
+        static_cast<C*>(a.mean_low)[row + k] = low[k];
       }
       static_cast<C*>(a.rstd)[row + k] = rstd[k];
     }
@@ -153,64 +192,86 @@ void forward(const ForwardRows& a) {
   for (; row < a.rows; ++row) forward_together<X, Y, kCenter, 1>(a, row);
 }
 
+template <class V, int R>
+JLN_INLINE V sum_of(const V* v) {
+  if constexpr (R == 1) return v[0];
+  else return sum_of<V, R / 2>(v) + sum_of<V, R - R / 2>(v + R / 2);
+}
+
+// Adds a register to a sum over rows, of which these are the columns from *sums on.
+// Lanes beyond the features are 0, and the sums have room for them (kPadding).
+template <class C>
+JLN_INLINE void accumulate(double* sums, int64_t padded, Register<C> v) {
+  using D = Register<double>;
+  if constexpr (std::is_same_v<C, float>) {
+    (void)padded;
+    WideSum<C> sum;
+    std::memcpy(&sum.parts, sums, sizeof sum.parts);
+    sum.add(v);
+    std::memcpy(sums, &sum.parts, sizeof sum.parts);
+  } else {
+    const D high = load<double>(sums, Whole{});
+    const D low = load<double>(sums + padded, Whole{}) + two_sum_error(high, v);
+    store<double>(sums, high + v, Whole{});
+    store<double>(sums + padded, low, Whole{});
+  }
+}
+
 // R rows together, so that gamma, dscale and dbias are loaded once for all of them.
 template <class X, class DY, bool kCenter, int R>
 JLN_INLINE void backward_together(const BackwardRows& a, int64_t row) {
   using C = Compute<X>;
   using V = Register<C>;
   const int64_t features = a.features;
-  const C share = static_cast<C>(1.0 / static_cast<double>(features));
+  const double share = 1.0 / static_cast<double>(features);
   const auto* gamma = static_cast<const C*>(a.gamma);
-  auto* dscale = static_cast<C*>(a.dscale);
-  auto* dbias = static_cast<C*>(a.dbias);
   const X* x = static_cast<const X*>(a.x) + row * features;
   const DY* dy = static_cast<const DY*>(a.dy) + row * features;
   X* dx = static_cast<X*>(a.dx) + row * features;
-  C mean[R] = {}, low[R] = {}, rstd[R];
+  C mean[R] = {}, shift[R] = {}, rstd[R];
   for (int k = 0; k < R; ++k) {
+    rstd[k] = static_cast<const C*>(a.rstd)[row + k];
     if constexpr (kCenter) {
       mean[k] = static_cast<const C*>(a.mean)[row + k];
-      low[k] = static_cast<const C*>(a.mean_low)[row + k];
+      shift[k] = -static_cast<const C*>(a.mean_low)[row + k] * rstd[k];
     }
-    rstd[k] = static_cast<const C*>(a.rstd)[row + k];
   }
   const auto x_hat = [&](int k, int64_t i, auto which) {
-    V c = load<C>(x + k * features + i, which);
-    if constexpr (kCenter) c = (c - all<V>(mean[k])) - all<V>(low[k]);
-    return c * all<V>(rstd[k]);
+    const V c = load<C>(x + k * features + i, which);
+    if constexpr (kCenter) return (c - all<V>(mean[k])) * all<V>(rstd[k]) + all<V>(shift[k]);
+    else return c * all<V>(rstd[k]);
   };
 
   double sums[2][R] = {};
   constexpr int U = R == 1 ? 2 : 1;
   row_sums<R, U, 2>(features, sums, C{}, [&](int64_t i, auto which, V(*sum)[2]) {
-    V scale_sum{}, bias_sum{};
     V factor = all<V>(C{1});
     if (gamma != nullptr) factor = load<C>(gamma + i, which);
-    if (dscale != nullptr) scale_sum = load<C>(dscale + i, which);
-    if (dbias != nullptr) bias_sum = load<C>(dbias + i, which);
+    V d[R], along[R];
     for (int k = 0; k < R; ++k) {
       __builtin_prefetch(dx + k * features + i, 1);  // to be written next
       const V h = only<C>(x_hat(k, i, which), which);
-      const V d = load<C>(dy + k * features + i, which);
-      const V g = d * factor;
+      d[k] = load<C>(dy + k * features + i, which);
+      const V g = d[k] * factor;
+      along[k] = d[k] * h;
       sum[k][0] += g * h;
       if constexpr (kCenter) sum[k][1] += g;
-      scale_sum += d * h;
-      bias_sum += d;
     }
-    if (dscale != nullptr) store<C>(dscale + i, scale_sum, which);
-    if (dbias != nullptr) store<C>(dbias + i, bias_sum, which);
+    if (a.dscale != nullptr) accumulate<C>(a.dscale + i, a.padded, sum_of<V, R>(along));
+    if (a.dbias != nullptr) accumulate<C>(a.dbias + i, a.padded, sum_of<V, R>(d));
   });
 
   for (int k = 0; k < R; ++k) {
-    C along_x_hat = static_cast<C>(sums[0][k]);
+    double sum_along = sums[0][k];
     if (a.drstd != nullptr) {
-      along_x_hat += rstd[k] * static_cast<const C*>(a.drstd)[row + k];
+      sum_along += double{rstd[k]} * static_cast<const C*>(a.drstd)[row + k];
     }
-    along_x_hat *= share;
-    const C mean_g = static_cast<C>(sums[1][k]) * share;
-    C dmean = 0;
-    if (a.dmean != nullptr) dmean = static_cast<const C*>(a.dmean)[row + k] * share;
+    // dx = rstd * g - (x_hat * along_x_hat + constant): few roundings.
+    const C along_x_hat = static_cast<C>(sum_along * share * rstd[k]);
+    double constant = sums[1][k] * share * rstd[k];
+    if (a.dmean != nullptr) {
+      constant -= static_cast<const C*>(a.dmean)[row + k] * share;
+    }
     const X* dtotal = static_cast<const X*>(a.dtotal);
     if (dtotal != nullptr) dtotal += (row + k) * features;
     for_each<C>(0, features, [&](int64_t i, auto which) {
@@ -218,10 +279,9 @@ JLN_INLINE void backward_together(const BackwardRows& a, int64_t row) {
       __builtin_prefetch(dy + (R + k) * features + i);
       V g = load<C>(dy + k * features + i, which);
       if (gamma != nullptr) g = g * load<C>(gamma + i, which);
-      V v = g - x_hat(k, i, which) * all<V>(along_x_hat);
-      if constexpr (kCenter) v = v - all<V>(mean_g);
-      v = all<V>(rstd[k]) * v;
-      if constexpr (kCenter) v = v + all<V>(dmean);
+      V less = x_hat(k, i, which) * all<V>(along_x_hat);
+      if constexpr (kCenter) less = less + all<V>(static_cast<C>(constant));
+      V v = all<V>(rstd[k]) * g - less;
       if (dtotal != nullptr) v = v + load<C>(dtotal + i, which);
       store<C>(dx + k * features + i, v, which);
     });
@@ -268,13 +328,24 @@ void widen(const void* from, double offset, void* to, int64_t n) {
 }
 
 template <class C>
-void sum(const void* from, int64_t count, int64_t stride, void* to, int64_t n) {
+void sum(const double* from, int64_t count, int64_t padded, void* to, int64_t n) {
+  using D = Register<double>;
+  constexpr int64_t kWords = kSumWords[std::is_same_v<C, double>];
   for_each<double>(0, n, [&](int64_t i, auto which) {
-    Register<double> sums{};
+    D high{}, low{};
     for (int64_t k = 0; k < count; ++k) {
-      sums += load<double>(static_cast<const C*>(from) + k * stride + i, which);
+      const double* one = from + k * kWords * padded + i;
+      if constexpr (kWords == 1) {
+        high += load<double>(one, which);
+      } else {
+        const D v = load<double>(one, which);
+        low += two_sum_error(high, v) + load<double>(one + padded, which);
+        high += v;
+      }
     }
-    store<double>(static_cast<C*>(to) + i, sums, which);
+    const D sum = high + low;
+    // Of an infinite sum, the low word is NaN.
+    store<double>(static_cast<C*>(to) + i, high - high == 0 ? sum : high, which);
   });
 }
 

@@ -14,6 +14,11 @@ constexpr int kBytesOf[kDtypes] = {4, 2, 2, 8};
 // Statistics and arithmetic: float64 where what is normalized is float64, else float32.
 // Pointers named without a dtype are to that type; null where there is no such array.
 
+// A sum over rows, of float32 terms, is a row of float64; of float64 terms, a row of them
+// and then a row of what their roundings lost. The rows are padded to whole registers.
+constexpr int64_t kSumWords[2] = {1, 2};
+constexpr int64_t kPadding = 16;
+
 struct ForwardRows {
   int64_t rows, features;
   double epsilon;
@@ -32,7 +37,8 @@ struct BackwardRows {
   const void* gamma;
   const void *mean, *mean_low, *rstd, *dmean, *drstd;
   void* dx;
-  void *dscale, *dbias;  // one row each, added to
+  double *dscale, *dbias;  // sums over rows, added to; see kSumWords
+  int64_t padded;          // features, rounded up to a multiple of kPadding
 };
 
 struct RowKernels {
@@ -45,8 +51,9 @@ struct RowKernels {
                                 int64_t n);
   // to = from + offset; by whether the arithmetic is in float64, and the dtype of from.
   void (*widen[2][kDtypes])(const void* from, double offset, void* to, int64_t n);
-  // to[i] = the sum over k of from[k * stride + i], in float64; by arithmetic.
-  void (*sum[2])(const void* from, int64_t count, int64_t stride, void* to, int64_t n);
+  // The total of n columns of `count` sums over rows, one after the other, rounded to the
+  // dtype of the arithmetic; by whether that is float64.
+  void (*sum[2])(const double* from, int64_t count, int64_t padded, void* to, int64_t n);
 };
 
 extern const RowKernels kBaselineKernels;

@@ -39,7 +39,7 @@ class Scratch {
     std::unique_ptr<char[]> data;
     int64_t size = 0;
   };
-  Buffer buffers_[2];
+  Buffer buffers_[4];
 };
 
 namespace internal {
