@@ -6,18 +6,26 @@ these two functions runs and *what* runs in its place; none repeats a formula.
 With N the number of elements along the normalized axes, sums and means running
 over them, and gamma = scale_offset + scale:
 
-    layer norm   c = x - mean(x);  c = c - mean(c);  var = mean(c * c)
-    RMS norm     c = x;                              var = mean(x * x)
+    layer norm   m = mean(x);  c = x - m;  d = mean(c);  c = c - d;  var = mean(c * c)
+    RMS norm     c = x;                                              var = mean(x * x)
 
     rstd  = 1 / sqrt(var + epsilon)
     x_hat = c * rstd
     y     = x_hat * gamma + bias
 
-Subtracting the mean a second time is what makes an offset free: the first mean
-is wrong by half a unit in its last place, which for mean(x) >> std(x) is much
-of the deviation itself, and the second one measures that error exactly where it
-can still be represented (Chan, Golub, LeVeque, "Algorithms for Computing the
-Sample Variance", 1983, the corrected two-pass algorithm).
+Subtracting the mean a second time is what makes an offset free: m is wrong by about
+a unit in its last place, which for mean(x) >> std(x) is much of the deviation itself,
+and d measures that error exactly where it can still be represented (Chan, Golub,
+LeVeque, "Algorithms for Computing the Sample Variance", 1983, the corrected two-pass
+algorithm). Both are kept: m + d is the mean in two words.
+
+So that d costs no pass over x of its own, what needs it is summed before it is known:
+
+    N * var        = sum(c * c) - N * d * d            over c before it is corrected
+    sum(g * x_hat) = rstd * (sum(g * c) - d * sum(g))
+
+Since d is of the size of the rounding error of m, what is subtracted is no more than
+the rest, unless all of a row is constant to the last bits.
 
 Elements that a mask leaves out are 0 in c, x_hat, y and every sum, and not counted in N.
 
@@ -58,7 +66,7 @@ from jax import lax
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
 
-Fence = Callable[[Any], Any]
+Fence = Callable[["Array"], "Array"]
 Shape = tuple[Any, ...]  # of integers, or of symbolic dimensions under `jax.export`
 
 
@@ -91,7 +99,7 @@ class NormSpec:
 class Moments(NamedTuple):
     """Statistics of each row, normalized axes kept with length 1.
 
-    `mean + mean_low` is the mean to twice the precision of its dtype; both are
+    `mean + mean_low` is the mean to about twice the precision of its dtype; both are
     None for RMS norm.
     """
 
@@ -128,13 +136,13 @@ def forward(
     *,
     spec: NormSpec,
     with_moments: bool,
-    fence: Fence = lambda statistics: statistics,
+    fence: Fence = lambda mean: mean,
 ) -> Forward:
     """The norm of `x`, or of `residual + x`.
 
-    `scale`, `bias` and `mask` broadcast against `x`. `fence` is put around each
-    statistic: the identity, or `lax.optimization_barrier` where the compiler would
-    otherwise compute them again for every use (`_kernels/xla.py` says where).
+    `scale`, `bias` and `mask` broadcast against `x`. `fence` is put around the first
+    mean: the identity, or `lax.optimization_barrier` where the compiler would
+    otherwise compute it again for every use (`_kernels/xla.py` says where).
     """
     total = None
     if residual is not None:
@@ -146,12 +154,13 @@ def forward(
     c = keep(x.astype(compute))
     mean = mean_low = None
     if spec.center:
-        rough_mean = fence(_mean_for_subtraction(c, count, spec.axes))
-        c = keep(c - rough_mean)
-        correction = fence(_mean_for_subtraction(c, count, spec.axes))
-        c = keep(c - correction)
-        mean, mean_low = _two_sum(rough_mean, correction)
+        mean = fence(_mean_for_subtraction(c, count, spec.axes))
+        c = keep(c - mean)
+        mean_low = _mean_for_subtraction(c, count, spec.axes)
     square = jnp.sum(c * c, spec.axes, keepdims=True)
+    if mean_low is not None:
+        square = _without_mean(square, mean_low, count)
+        c = keep(c - mean_low)
     if spec.axis_names:
         mean, mean_low, shift, variance = _merge(
             mean, mean_low, square, count, spec.axis_names
@@ -159,7 +168,7 @@ def forward(
         c = c if shift is None else keep(c + shift)
     else:
         variance = square * (1 / _at_least_one(count))
-    rstd = fence(lax.rsqrt(variance + spec.epsilon))
+    rstd = lax.rsqrt(variance + spec.epsilon)
     y = c * rstd
     if scale is not None:
         y = y * _gamma(scale, spec, like=y)
@@ -182,7 +191,6 @@ def backward(
     spec: NormSpec,
     scale_shape: Shape | None,
     bias_shape: Shape | None,
-    fence: Fence = lambda statistics: statistics,
 ) -> Backward:
     """Cotangents of `forward`'s arguments, from what it was given and `moments`.
 
@@ -194,18 +202,21 @@ def backward(
     keep = _keep(mask, x.ndim)
     count = _count(x, mask, spec.axes)
     mean, mean_low, rstd = moments
-    c = keep(x.astype(compute))
-    if mean is not None and mean_low is not None:
-        c = (c - mean) - mean_low
-    x_hat = keep(c * rstd)
+    c = x.astype(compute)
+    c = keep(c if mean is None else c - mean)
     dy = keep(dy.astype(compute))
     g = dy if scale is None else keep(dy * _gamma(scale, spec, like=dy))
 
     # All that needs a sum over a row, or over the devices that share it.
-    sums = {"g * x_hat": jnp.sum(g * x_hat, spec.axes, keepdims=True)}
-    if spec.center:
+    sums = {}
+    along_c = jnp.sum(g * c, spec.axes, keepdims=True)
+    if mean_low is not None:
         sums["g"] = jnp.sum(g, spec.axes, keepdims=True)
-    sums = fence(sums)
+        along_c = along_c - mean_low * sums["g"]
+        c = keep(c - mean_low)
+    # rstd is 0 where c * c has overflown, and then g * c may have, too.
+    sums["g * x_hat"] = jnp.where(rstd == 0, 0, rstd * along_c)
+    x_hat = keep(c * rstd)
     if drstd is not None:
         sums["drstd"] = drstd
     if dmean is not None:
@@ -220,7 +231,7 @@ def backward(
     if drstd is not None:
         along_x_hat = along_x_hat + rstd * sums["drstd"]
     dx = g - x_hat * (along_x_hat * share)
-    if spec.center:
+    if mean_low is not None:
         dx = dx - sums["g"] * share
     dx = rstd * dx
     if dmean is not None:
@@ -263,6 +274,14 @@ def _mean_for_subtraction(
     of the two matters.
     """
     return jnp.sum(x * (1 / _at_least_one(count)), axes, keepdims=True)
+
+
+def _without_mean(
+    square: Float[Array, "*stats"], mean: Float[Array, "*stats"], count: Any
+) -> Float[Array, "*stats"]:
+    """sum((c - mean)**2), given sum(c * c) and the mean of c."""
+    less = jnp.maximum(square - _at_least_one(count) * mean * mean, 0)
+    return jnp.where(square == jnp.inf, square, less)  # where inf - inf would be NaN
 
 
 def _at_least_one(count: Any) -> Any:

@@ -43,13 +43,11 @@ def normalize(
     is outside `jax.vmap`. Without `custom_vjp` JAX differentiates the equations, forward
     or reverse.
     """
-    run = functools.partial(_on_each_device, custom_vjp=custom_vjp)
-    return _sharding.over_split_rows(run, spec, x, residual, scale, bias, mask)
+    run = functools.partial(_run, custom_vjp=custom_vjp)
+    return _sharding.on_each_device(run, spec, x, residual, scale, bias, mask)
 
 
-def _on_each_device(
-    spec: NormSpec, *given: Array | None, custom_vjp: bool
-) -> Normalized:
+def _run(spec: NormSpec, *given: Array | None, custom_vjp: bool) -> Normalized:
     operands = _sharding.equally_varying(given)
     if custom_vjp:
         return _normalize(spec, *operands)
@@ -163,6 +161,6 @@ _normalize.defvjp(_forward_rule, _backward_rule)
 def _public(out: _equations.Forward) -> Normalized:
     if out.moments is None:
         return Normalized(out.y, out.total, None)
-    rstd = out.moments.rstd
-    mean = jnp.zeros_like(rstd) if out.moments.mean is None else out.moments.mean
+    mean, mean_low, rstd = out.moments
+    mean = jnp.zeros_like(rstd) if mean is None or mean_low is None else mean + mean_low
     return Normalized(out.y, out.total, Statistics(mean, rstd))

@@ -37,16 +37,18 @@ def equally_varying(operands: Sequence[Array | None]) -> list[Any]:
     ]
 
 
-def over_split_rows(
+def on_each_device(
     run: Callable[..., Normalized],
     spec: NormSpec,
     x: Array,
     *others: Array | None,
 ) -> Normalized:
-    """`run(spec, x, *others)`; on each device where explicit mesh axes split the rows.
+    """`run(spec, x, *others)`; in a `shard_map` where explicit mesh axes split `x`.
 
-    There `run` gets those axes as `axis_names`, and merges the statistics of the parts
-    in one collective, where the partitioner would need one for each of three sums.
+    There each device runs a kernel on rows of its own, which the partitioner could not
+    split. Where the axes split the rows themselves, `run` gets them as `axis_names`, and
+    merges the statistics of the parts in one collective, where the partitioner would
+    need one for each of three sums.
     """
     sharding = jax.typeof(x).sharding
     mesh = sharding.mesh
@@ -56,8 +58,8 @@ def over_split_rows(
         split_over = (name for axis in axes for name in _as_tuple(parts[axis]))
         return tuple(name for name in split_over if name in mesh.explicit_axes)
 
-    names = explicit(sorted(spec.axes))
-    if not names:
+    splitting_x, splitting_rows = explicit(range(x.ndim)), explicit(sorted(spec.axes))
+    if not splitting_x:
         return run(spec, x, *others)
 
     def spec_of(operand: Array) -> P:
@@ -80,16 +82,16 @@ def over_split_rows(
         total=None if others[0] is None else whole,
         statistics=Statistics(a_row, a_row) if spec.return_statistics else None,
     )
-    # The statistics are the same on all devices of a row, which check_vma would not see.
+    spec = dataclasses.replace(spec, axis_names=(*spec.axis_names, *splitting_rows))
+    # Statistics merged over a row's devices are the same on all, which `check_vma` would
+    # not see. Without it, parameters' gradients are summed over every axis named here.
     return jax.shard_map(
-        functools.partial(
-            run, dataclasses.replace(spec, axis_names=(*spec.axis_names, *names))
-        ),
+        functools.partial(run, spec),
         mesh=mesh,
         in_specs=in_specs,
         out_specs=out_specs,
-        axis_names=set(explicit(range(x.ndim))),
-        check_vma=False,
+        axis_names=set(splitting_x if splitting_rows else mesh.explicit_axes),
+        check_vma=not splitting_rows,
     )(*operands)
 
 
