@@ -26,6 +26,10 @@ class MarkingKernel:
             return "it cannot be partitioned or exported"
         return None if problem.operands[0].shape[-1] == 16 else "features must be 16"
 
+    def not_default(self, problem):
+        rows = problem.operands[0].shape[0]
+        return "one row is slower" if rows == 1 else None
+
     def forward(self, problem):
         assert problem.op == "layer_norm_forward"
 
@@ -88,6 +92,12 @@ def test_a_named_kernel_that_cannot_run_raises_with_its_reason(x):
     norm = jax.jit(lambda x: jln.layer_norm({}, x, implementation="marking"))
     with pytest.raises(NotImplementedError, match="it is for CPUs"):
         norm.trace(x).lower(lowering_platforms=("tpu",))
+
+
+@pytest.mark.usefixtures("kernel")
+def test_where_a_kernel_is_slower_it_runs_only_by_name(x):
+    assert not ran(jln.layer_norm({}, x[:1]))
+    assert ran(jln.layer_norm({}, x[:1], implementation="marking"))
 
 
 @pytest.mark.usefixtures("kernel")

@@ -24,6 +24,13 @@ class Kernel(Protocol):
         """Why this implementation cannot run `problem`, or None; shown to users."""
         ...
 
+    def not_default(self, problem: Problem) -> str | None:
+        """Why it is not taken unasked for a `problem` that it can run, or None; shown too.
+
+        An implementation is a default only where a benchmark shows that it wins.
+        """
+        ...
+
     def forward(self, problem: Problem) -> Callable[..., _equations.Forward]:
         """The function that runs `problem`; the signature of `_equations.forward`."""
         ...
@@ -43,7 +50,7 @@ PLANNED = ("native_cpu", "pallas_triton", "pallas_mosaic_gpu")
 
 
 class Decision(NamedTuple):
-    """One choice: the implementation, and for each why it cannot run, or None."""
+    """One choice: the implementation, and for each why it is not taken, or None."""
 
     chosen: str | None
     reasons: dict[str, str | None]
@@ -74,6 +81,9 @@ def select(problem: Problem) -> Callable[..., Any]:
     """
     name = problem.static["spec"].implementation
     reasons = {each: kernel.unsupported(problem) for each, kernel in KERNELS.items()}
+    if name is None:
+        for each, kernel in KERNELS.items():
+            reasons[each] = reasons[each] or kernel.not_default(problem)
     able = [each for each, reason in reasons.items() if reason is None]
     chosen = able[0] if name is None else name if name in able else None
     decisions = _recorded.get()

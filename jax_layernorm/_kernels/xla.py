@@ -27,6 +27,11 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
+def not_default(problem: Problem) -> str | None:
+    del problem
+    return None
+
+
 def forward(problem: Problem) -> Callable[..., _equations.Forward]:
     if problem.platform not in FENCED_PLATFORMS:
         return _equations.forward
