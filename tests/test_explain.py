@@ -21,7 +21,9 @@ def test_xla_runs_everywhere_in_this_version():
     assert list(explanation) == PLATFORMS
     for choice in explanation.values():
         assert choice.implementation == "xla"
-        assert choice.reasons["pallas_tpu"] == "it is not part of this version"
+        assert choice.reasons["native_cpu"] == "it is not part of this version"
+    assert "by its name only" in explanation["tpu"].reasons["pallas_tpu"]
+    assert explanation["cuda"].reasons["pallas_tpu"] == "it is for TPUs"
 
 
 @pytest.mark.usefixtures("kernel")

@@ -105,7 +105,8 @@ def assert_same(variant, name, **options):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * size)
 
 
-@pytest.mark.parametrize("implementation", KERNELS)
+# Those that run where the tests do; `test_pallas_tpu.py` interprets the TPU's.
+@pytest.mark.parametrize("implementation", sorted({*KERNELS} - {"pallas_tpu"}))
 @pytest.mark.parametrize("name", REVERSE_MODE)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_reverse_mode_works(variant, name, implementation):

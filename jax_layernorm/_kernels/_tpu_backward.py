@@ -87,7 +87,7 @@ def backward(
             (x, row_spec),
             (dy, row_spec),
             (dtotal, row_spec),
-            (moments, Moments(*(None if m is None else moment_spec for m in moments))),
+            (moments, jax.tree.map(lambda _: moment_spec, moments)),
             (scale, parameter_spec),
         ],
         outputs=[

@@ -8,7 +8,6 @@ one for all chips; the figures they rest on come from the compiler's schedules
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,8 +25,6 @@ BLOCK_BYTES = 1 << 20
 """Of one operand: long enough a transfer for full bandwidth, small enough to overlap."""
 VMEM_BYTES = 12 << 20
 """For all blocks, each twice (one is computed on while the other moves): of 16 MiB."""
-SHORT = 256
-"""Features up to which rows are turned: see `_tpu_forward._short_kernel`."""
 MIN_ROWS = 16
 """Two rows of bfloat16 share a sublane."""
 
@@ -86,13 +83,6 @@ def blocks(rows: int, features: int, itemsizes: Sequence[int], step: int) -> Blo
     even = (block // at_once) % 2 == 0
     unroll = 2 if even and at_once * width <= 1 << 18 else 1
     return Blocks(block, at_once, unroll, max(1, LANES // block))
-
-
-def short_blocks(rows: int, features: int, itemsizes: Sequence[int]) -> Blocks:
-    """For the kernels that turn 128 rows at a time."""
-    cut = blocks(max(rows, LANES), features, itemsizes, 1)
-    steps = cut.rows // LANES
-    return Blocks(cut.rows, LANES, int(os.environ.get('UNR','2')) if steps % 2 == 0 else 1, 1)
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -168,8 +158,10 @@ class Tiles(NamedTuple):
 
         def run(i: Any, _: None) -> None:
             # One loop and not two: the compiler's schedule tells such a one's length.
-            row = 0 if down == 1 else lax.div(i, jnp.int32(across)) * self.rows
-            column = 0 if across == 1 else lax.rem(i, jnp.int32(across)) * self.columns
+            row: Any = 0 if down == 1 else lax.div(i, jnp.int32(across)) * self.rows
+            column: Any = (
+                0 if across == 1 else lax.rem(i, jnp.int32(across)) * self.columns
+            )
             body(
                 pl.multiple_of(row, self.rows) if down > 1 else 0,
                 pl.multiple_of(column, self.columns) if across > 1 else 0,
@@ -222,7 +214,7 @@ def call(
     name: str,
     *,
     grid: tuple[int, int],
-    inputs: Sequence[tuple[Any, pl.BlockSpec | None]],
+    inputs: Sequence[tuple[Any, Any]],
     outputs: Sequence[tuple[Any, Any]],
     scratch: Sequence[Any],
     flops_per_element: int,

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax_layernorm import _equations
 from jax_layernorm._equations import Moments, NormSpec
 from jax_layernorm._kernels import _tpu_blocks
-from jax_layernorm._kernels._tpu_blocks import LANES, SHORT, Blocks
+from jax_layernorm._kernels._tpu_blocks import LANES, Blocks
 
 STEP = 1 << 18
 """Elements that are computed on at once."""
@@ -36,12 +36,7 @@ def forward(
     if residual is not None:
         whole += [(residual.dtype, x), (total_dtype, x)]
     itemsizes = [jnp.dtype(dtype).itemsize for dtype, _ in whole]
-    short = features <= SHORT
-    cut = (
-        _tpu_blocks.short_blocks(rows, features, itemsizes)
-        if short
-        else _tpu_blocks.blocks(rows, features, itemsizes, STEP)
-    )
+    cut = _tpu_blocks.blocks(rows, features, itemsizes, STEP)
     count = pl.cdiv(rows, cut.rows)
     shared = cut.shared if with_moments else 1
 
@@ -53,18 +48,16 @@ def forward(
     parameter_spec = pl.BlockSpec((1, features), lambda i, j: (0, 0))
     moment_spec = pl.BlockSpec((1, cut.span), lambda i, j: (0, i))
     matrix = functools.partial(jax.ShapeDtypeStruct, x.shape)
-    moment = jax.ShapeDtypeStruct((1, rows), jnp.float32)
+    moment: Any = jax.ShapeDtypeStruct((1, rows), jnp.float32)
     low_word = total_dtype == jnp.float32
     moments = Moments(
         moment if spec.center else None,
         moment if spec.center and low_word else None,
         moment,
     )
-    moment_specs = Moments(*(None if m is None else moment_spec for m in moments))
+    moment_specs = jax.tree.map(lambda _: moment_spec, moments)
     y, total, moments = _tpu_blocks.call(
-        functools.partial(_short_kernel, spec=spec, blocks=cut)
-        if short
-        else functools.partial(_forward_kernel, spec=spec, blocks=cut, shared=shared),
+        functools.partial(_forward_kernel, spec=spec, blocks=cut, shared=shared),
         "layer_norm_forward",
         grid=(pl.cdiv(count, shared), shared),
         inputs=[
@@ -78,9 +71,7 @@ def forward(
             (None if residual is None else matrix(total_dtype), row_spec),
             (moments, moment_specs) if with_moments else (None, None),
         ],
-        scratch=[pltpu.VMEM((cut.span, LANES), jnp.float32)]
-        if with_moments and not short
-        else [],
+        scratch=[pltpu.VMEM((cut.span, LANES), jnp.float32)] if with_moments else [],
         flops_per_element=8,
     )
     return y, total, moments
@@ -138,77 +129,35 @@ def _forward_kernel(
             write()
 
 
-def _short_kernel(
-    x_ref: Any,
-    residual_ref: Any,
-    scale_ref: Any,
-    bias_ref: Any,
-    y_ref: Any,
-    total_ref: Any,
-    moments_ref: Any,
-    *,
-    spec: NormSpec,
-    blocks: Blocks,
-) -> None:
-    """Short rows: turned, features down the sublanes and a row in each lane.
-
-    A sum along lanes costs several operations a register, and of a short row each
-    register needs them; a sum along sublanes is an addition of registers. Statistics
-    are then as they go to memory.
-    """
-    gamma = None if scale_ref is None else scale_ref[...] + spec.scale_offset
-
-    def step(first: Any, rows: Any) -> None:
-        x = x_ref[rows, :].astype(jnp.float32)
-        dtype = x_ref.dtype
-        if residual_ref is not None:
-            total = (residual_ref[rows, :].astype(jnp.float32) + x).astype(
-                total_ref.dtype
-            )
-            total_ref[rows, :] = total
-            x, dtype = total.astype(jnp.float32), total_ref.dtype
-        c, moments = _centered(jnp.transpose(x), dtype, spec, axis=0)
-        y = jnp.transpose(c * moments.rstd)
-        if gamma is not None:
-            y = y * gamma
-        if bias_ref is not None:
-            y = y + bias_ref[...]
-        y_ref[rows, :] = y.astype(y_ref.dtype)
-        if moments_ref is not None:
-            for ref, moment in zip(moments_ref, moments, strict=True):
-                if ref is not None:
-                    ref[:, rows] = moment
-
-    _tpu_blocks.in_steps(blocks, step)
-
-
-def _centered(
-    x: Any, dtype: Any, spec: NormSpec, *, axis: int = 1
-) -> tuple[Any, Moments]:
-    """The deviations from the mean along `axis`, and the moments, that axis kept."""
-    features = x.shape[axis]
-
-    def mean_of(a: Any) -> Any:
-        return jnp.sum(a, axis, keepdims=True) * (1 / a.shape[axis])
-
+def _centered(x: Any, dtype: Any, spec: NormSpec) -> tuple[Any, Moments]:
+    """The deviations from the mean, and the moments, each (rows, 1)."""
     if not spec.center:
-        rstd = lax.rsqrt(mean_of(x * x) + spec.epsilon)
-        return x, Moments(None, None, rstd)
-    if dtype != jnp.float32 and axis == 1 and features > LANES:
-        rough = mean_of(x[:, :LANES])
-    else:
-        rough = mean_of(x)
+        return x, Moments(None, None, lax.rsqrt(_mean(x * x) + spec.epsilon))
+    # In half precision any number near the mean will do for a first one, since the
+    # second is in float32: the mean of some columns takes fewer operations.
+    half = dtype != jnp.float32 and x.shape[1] > LANES
+    rough = _mean(x[:, :LANES] if half else x)
     c = x - rough
-    square = mean_of(c * c)
-    if dtype != jnp.float32 and features <= LANES * 2 and features & (features - 1) == 0:
-        return c, Moments(rough, None, lax.rsqrt(square + spec.epsilon))
-    correction = mean_of(c)
-    rstd = lax.rsqrt(corrected(square, correction) + spec.epsilon)
+    correction = _mean(c)
+    rstd = lax.rsqrt(_corrected(_mean(c * c), correction) + spec.epsilon)
     mean, mean_low = _equations._two_sum(rough, correction)
     return c - correction, Moments(mean, mean_low, rstd)
 
 
-def corrected(square: Any, correction: Any) -> Any:
+def _mean(x: Any) -> Any:
+    """Exact where all of a row is one small multiple of a unit in the last place.
+
+    Of a constant row's deviations, that is, so that its `y` is the bias.
+    """
+    features = x.shape[1]
+    total = jnp.sum(x, 1, keepdims=True)
+    if features & (features - 1):
+        return total / features
+    return total * (1 / features)
+
+
+def _corrected(square: Any, correction: Any) -> Any:
     """The variance, `mean(c * c) - mean(c)**2`; infinite where the squares overflow."""
     largest = jnp.finfo(jnp.float32).max
-    return jnp.maximum(square - jnp.minimum(correction * correction, largest), 0.0)
+    less = square - jnp.minimum(correction * correction, largest)
+    return jnp.where(less < 0, 0.0, less)  # and NaN stays NaN
