@@ -8,12 +8,13 @@ ARGS ?=
 BIN = $(VENV)/bin
 WORKERS ?= auto
 
-.PHONY: help train test lint types notebooks notebooks-build wheel clean
+.PHONY: help train test compiled lint types notebooks notebooks-build wheel clean
 
 help:
 	@echo "make train      train the decoder-only transformer into OUT=$(OUT), or go on with it"
 	@echo "                (more options: make train ARGS='--norm rmsnorm --steps 200')"
 	@echo "make test       run the tests"
+	@echo "make compiled   compile for TPUs, without one, and count bytes (installs libtpu)"
 	@echo "make lint       ruff and pyrefly"
 	@echo "make notebooks  run the notebooks and compare each with its .py;"
 	@echo "                make notebooks-build writes them anew from the .py"
@@ -35,6 +36,11 @@ train: $(VENV)/.example
 
 test: $(VENV)/.test
 	$(BIN)/pytest -n $(WORKERS) $(ARGS)
+
+# In an environment of its own: where libtpu is installed, JAX looks for a TPU.
+compiled:
+	$(MAKE) VENV=$(VENV)-compiled $(VENV)-compiled/.compiled
+	$(VENV)-compiled/bin/pytest -rs tests/test_tpu_compiled.py $(ARGS)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
@@ -58,4 +64,4 @@ wheel: $(VENV)/.build
 	$(BIN)/python -m build --quiet
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-compiled build dist .pytest_cache .ruff_cache .hypothesis
