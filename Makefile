@@ -8,7 +8,7 @@ ARGS ?=
 BIN = $(VENV)/bin
 WORKERS ?= auto
 
-.PHONY: help train embed test lint types notebooks notebooks-build wheel native manylinux clean
+.PHONY: help train embed test compiled lint types notebooks notebooks-build wheel native manylinux clean
 
 help:
 	@echo "make train      train the decoder-only transformer into OUT=$(OUT), or go on with it"
@@ -16,6 +16,7 @@ help:
 	@echo "make embed      embed sentences with MiniLM and print how similar they are"
 	@echo "                (your own: make embed ARGS='\"A cat sleeps.\" \"The kitten naps.\"')"
 	@echo "make test       run the tests"
+	@echo "make compiled   compile for TPUs and CUDA, without one, and count bytes"
 	@echo "make lint       ruff and pyrefly"
 	@echo "make notebooks  run the notebooks and compare each with its .py;"
 	@echo "                make notebooks-build writes them anew from the .py"
@@ -46,6 +47,19 @@ embed: $(VENV)/.encoder $(VENV)/.minilm
 
 test: $(VENV)/.test $(VENV)/.minilm
 	$(BIN)/pytest -n $(WORKERS) $(ARGS)
+
+# In an environment of its own: where libtpu is installed, JAX looks for a TPU.
+compiled:
+	$(MAKE) VENV=$(VENV)-compiled $(VENV)-compiled/.compiled $(VENV)-compiled/.cuda
+	JAX_PLATFORMS=cpu $(VENV)-compiled/bin/pytest -rs tests/test_tpu_compiled.py tests/test_cuda_compiled.py $(ARGS)
+
+# The compiler for CUDA: jax's plugin and five of the wheels that it asks for, of which
+# there are many more for running.
+$(VENV)/.cuda: $(VENV)/.compiled
+	$(BIN)/python -m pip install --quiet --no-deps $$($(BIN)/python -c \
+	  'import jax; print(*(f"jax-cuda13-{part}=={jax.__version__}" for part in ("plugin", "pjrt")))') \
+	  'nvidia-cuda-nvcc==13.0.*' 'nvidia-nvvm==13.0.*' 'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-crt==13.0.*'
+	@touch $@
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
@@ -84,4 +98,4 @@ manylinux: wheel
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --strip -w dist/manylinux dist/*-linux_*.whl
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-compiled build dist .pytest_cache .ruff_cache .hypothesis

@@ -58,6 +58,9 @@ def norm_called(name: str) -> peers.Norm:
         "autodiff": peers.ours_autodiff,
         "flax": peers.flax,
         "tokamax": peers.tokamax,
+        "pallas_tpu": functools.partial(
+            jln.layer_norm, epsilon=peers.EPSILON, implementation="pallas_tpu"
+        ),
     }[name]
 
 
@@ -99,7 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--programs", nargs="+", default=["joint", "block"],
                         choices=tuple(programs.PROGRAMS))  # fmt: skip
     parser.add_argument(
-        "--norms", nargs="+", default=NORMS, choices=(*NORMS, "tokamax")
+        "--norms", nargs="+", default=NORMS, choices=(*NORMS, "tokamax", "pallas_tpu")
     )
     parser.add_argument("--shape", type=shapes.parse, default=shapes.SHAPES["large"])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])

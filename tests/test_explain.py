@@ -26,6 +26,8 @@ def test_xla_runs_where_no_kernel_does():
         assert choice.implementation == "xla"
         assert choice.reasons["native_cpu"] == "it is for CPUs"
         assert choice.reasons["pallas_triton"] == "it is not part of this version"
+    assert "by its name only" in explanation["tpu"].reasons["pallas_tpu"]
+    assert explanation["cuda"].reasons["pallas_tpu"] == "it is for TPUs"
 
 
 def test_the_cpu_kernel_runs_on_cpu_where_it_was_built():

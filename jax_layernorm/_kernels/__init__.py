@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 
 from jax_layernorm import _equations
 from jax_layernorm._kernel_op import Problem
-from jax_layernorm._kernels import native_cpu, xla
+from jax_layernorm._kernels import native_cpu, pallas_tpu, xla
 
 
 class Kernel(Protocol):
@@ -42,10 +42,11 @@ class Kernel(Protocol):
 
 KERNELS: dict[str, Kernel] = {
     "native_cpu": native_cpu,
+    "pallas_tpu": pallas_tpu,
     "xla": xla,
 }
 
-PLANNED = ("pallas_tpu", "pallas_triton", "pallas_mosaic_gpu")
+PLANNED = ("pallas_triton", "pallas_mosaic_gpu")
 """Names that the public contract reserves and this version does not provide."""
 
 

@@ -1,0 +1,76 @@
+"""Cycles of TPU kernels, read from the schedule that the compiler makes for them.
+
+A TPU runs what the compiler has scheduled, and knows no caches: but for the wait for
+memory, the cycles of a kernel are known once it is compiled. They are set against the
+roofline, the time that the kernel's bytes take at the chip's memory bandwidth. Below
+1, memory bounds the kernel and not its arithmetic.
+
+`keep_schedules` must come before the first use of JAX's TPU compiler in the process. The
+compiler aborts the process on some programs when it writes schedules ("Unsupported DMA
+direction"): read kernels alone, and of whole models take `xla_cycles`, the compiler's own
+estimates for each fusion, and add the cycles of the kernels in them.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+# Published figures, per device as JAX counts them (v7x: half a chip).
+HBM_BYTES_PER_SECOND = {
+    "v4": 614e9, "v5e": 819e9, "v5p": 2765e9, "v6e": 1638e9, "v7x": 3690e9,
+}  # fmt: skip
+CYCLES_PER_SECOND = {
+    "v4": 1.05e9, "v5e": 1.5e9, "v5p": 1.75e9, "v6e": 1.75e9, "v7x": 2.2e9,
+}  # fmt: skip
+
+_directory: pathlib.Path | None = None
+
+
+def keep_schedules() -> None:
+    """Makes the compiler write its schedules from now on."""
+    global _directory
+    if _directory is not None:
+        return
+    _directory = pathlib.Path(tempfile.mkdtemp(prefix="tpu_schedules"))
+    flags = [
+        os.environ.get("LIBTPU_INIT_ARGS", ""),
+        f"--xla_jf_dump_to={_directory}/dump",
+        f"--xla_jf_dump_static_llo_profile_to={_directory}/profile",
+    ]
+    os.environ["LIBTPU_INIT_ARGS"] = " ".join(filter(None, flags))
+
+
+def of_kernels(build: Callable[[], Any]) -> tuple[Any, dict[str, int]]:
+    """What `build` compiles, and the cycles of each instruction of it."""
+    assert _directory is not None, "call keep_schedules first"
+    for name in ("dump", "profile"):
+        shutil.rmtree(_directory / name, ignore_errors=True)
+        (_directory / name).mkdir()
+    compiled = build()
+    cycles: dict[str, int] = {}
+    for path in sorted(_directory.glob("profile/**/*")):
+        if path.is_file():
+            found = re.findall(
+                r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)',
+                path.read_text(errors="replace"),
+            )
+            cycles |= {name: int(n) for name, n in found}
+    return compiled, cycles
+
+
+def xla_cycles(hlo: str) -> dict[str, int]:
+    """The compiler's estimate for each of its own fusions, in every computation."""
+    found = re.findall(r'%([\w.\-]+) = [^\n]*"estimated_cycles":"(\d+)"', hlo)
+    return {name: int(n) for name, n in found}
+
+
+def roofline(generation: str, nbytes: float) -> float:
+    """Cycles that it takes to move so many bytes."""
+    seconds = nbytes / HBM_BYTES_PER_SECOND[generation]
+    return seconds * CYCLES_PER_SECOND[generation]

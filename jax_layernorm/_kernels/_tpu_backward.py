@@ -1,0 +1,289 @@
+"""The backward kernel for TPU: one read of `x` and `dy`, one write of `dx`."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jax_layernorm._equations import Moments, NormSpec
+from jax_layernorm._kernels import _tpu_blocks
+from jax_layernorm._kernels._tpu_blocks import (
+    CORES,
+    LANES,
+    MIN_ROWS,
+    SUBLANES,
+    Blocks,
+)
+
+STEP = 1 << 17
+"""Elements that are computed on at once: more arrays than forward, fewer elements."""
+WIDEST_IN_REGISTERS = 2048
+"""Features up to which a row is kept in registers, and not gone through twice."""
+
+
+class RowSums(NamedTuple):
+    """Scratch of the kernel for wide rows; statistics in every lane."""
+
+    mean: Any
+    rstd: Any
+    g: Any
+    g_x_hat: Any
+
+
+def backward(
+    x: Any,
+    scale: Any,
+    moments: Moments,
+    dy: Any,
+    dtotal: Any,
+    *,
+    spec: NormSpec,
+    with_dscale: bool,
+    with_dbias: bool,
+) -> tuple[Any, Any, Any]:
+    """`dx`, and `dscale` and `dbias` as (1, features) of float32 or None."""
+    rows, features = x.shape
+    if x.dtype != jnp.float32:  # see the accuracy notes in `pallas_tpu`
+        moments = moments._replace(mean_low=None)
+    whole = [a.dtype.itemsize for a in (x, dy, dtotal, x) if a is not None]
+    cut = _tpu_blocks.blocks(rows, features, whole, STEP)
+    count = pl.cdiv(rows, cut.rows)
+    steps = pl.cdiv(count, min(CORES, count))
+    cores = pl.cdiv(count, steps)
+
+    def number(core: Any, step: Any) -> Any:
+        k = core * steps + step
+        return k if steps * cores == count else jnp.minimum(k, count - 1)
+
+    def moment_block(core: Any, step: Any) -> tuple[int, Any]:
+        return 0, cut.span_of(number(core, step))
+
+    row_spec = pl.BlockSpec((cut.rows, features), lambda i, j: (number(i, j), 0))
+    moment_spec = pl.BlockSpec((1, cut.span), moment_block)
+    parameter_spec = pl.BlockSpec((1, features), lambda i, j: (0, 0))
+    sum_spec = pl.BlockSpec((1, SUBLANES, features), lambda i, j: (i, 0, 0))
+    sums = jax.ShapeDtypeStruct((cores, SUBLANES, features), jnp.float32)
+    wide = features > WIDEST_IN_REGISTERS and features % LANES == 0
+    a_lane = pltpu.VMEM((cut.span, LANES), jnp.float32)
+    scratch = [a_lane]
+    if wide:
+        per_row = pltpu.VMEM((cut.rows, LANES), jnp.float32)
+        row = pltpu.VMEM((cut.rows, features), jnp.float32)
+        scratch += [RowSums(per_row, per_row, per_row, per_row), row, row]
+    kernel = _wide_kernel if wide else _backward_kernel
+    dx, dscale, dbias = _tpu_blocks.call(
+        functools.partial(
+            kernel, spec=spec, blocks=cut, rows=rows, steps=steps, count=count
+        ),
+        "layer_norm_backward",
+        grid=(cores, steps),
+        inputs=[
+            (x, row_spec),
+            (dy, row_spec),
+            (dtotal, row_spec),
+            (moments, jax.tree.map(lambda _: moment_spec, moments)),
+            (scale, parameter_spec),
+        ],
+        outputs=[
+            (jax.ShapeDtypeStruct(x.shape, x.dtype), row_spec),
+            (sums if with_dscale else None, sum_spec),
+            (sums if with_dbias else None, sum_spec),
+        ],
+        scratch=scratch,
+        flops_per_element=20,
+    )
+    return (
+        dx,
+        None if dscale is None else jnp.sum(dscale, (0, 1)),
+        None if dbias is None else jnp.sum(dbias, (0, 1)),
+    )
+
+
+def _in_own_blocks(run: Any, refs: Any, *, steps: int, count: int) -> None:
+    """`run(block)` with the sums in `refs` cleared before the first block of a core."""
+    step = pl.program_id(1)
+    block = pl.program_id(0) * steps + step
+
+    @pl.when(step == 0)
+    def _() -> None:
+        for ref in jax.tree.leaves(refs):
+            ref[...] = jnp.zeros_like(ref)
+
+    if count % steps:  # the last core has fewer
+        pl.when(block < count)(lambda: run(block))
+    else:
+        run(block)
+
+
+def _exists(block: Any, blocks: Blocks, first: Any, n: int, rows: int) -> Any:
+    """Which of `n` rows from `first` of a block are rows of the matrix."""
+    return lax.broadcasted_iota(jnp.int32, (n, 1), 0) < (
+        rows - block * blocks.rows - first
+    )
+
+
+def _backward_kernel(
+    x_ref: Any,
+    dy_ref: Any,
+    dtotal_ref: Any,
+    moments_ref: Moments,
+    scale_ref: Any,
+    dx_ref: Any,
+    dscale_ref: Any,
+    dbias_ref: Any,
+    columns_ref: Any,
+    *,
+    spec: NormSpec,
+    blocks: Blocks,
+    rows: int,
+    steps: int,
+    count: int,
+) -> None:
+    """Rows that fit into registers: straight through."""
+    features = x_ref.shape[1]
+    share = 1 / features
+    gamma = None if scale_ref is None else scale_ref[...] + spec.scale_offset
+    given = jax.tree.leaves(moments_ref)
+
+    def run(block: Any) -> None:
+        _tpu_blocks.read_statistics(given, columns_ref)
+        offset = blocks.offset(block)
+
+        def step(first: Any, here: Any) -> None:
+            x = x_ref[here, :].astype(jnp.float32)
+            dy = dy_ref[here, :].astype(jnp.float32)
+            at = pl.ds(pl.multiple_of(offset + first, blocks.step), blocks.step)
+            statistics = [columns_ref[at, k : k + 1] for k in range(len(given))]
+            if rows % blocks.rows:
+                # Rows past the end hold anything, NaN too: select, do not multiply.
+                exists = _exists(block, blocks, first, blocks.step, rows)
+                x, dy, *statistics = (
+                    jnp.where(exists, a, 0.0) for a in (x, dy, *statistics)
+                )
+            *means, rstd = statistics
+            for mean in means:  # the high word, the low word
+                x = x - mean
+            x_hat = x * rstd
+            dy_x_hat = dy * x_hat
+            g, g_x_hat = dy, dy_x_hat
+            if gamma is not None:
+                g, g_x_hat = g * gamma, g_x_hat * gamma
+            dx = g - x_hat * (jnp.sum(g_x_hat, 1, keepdims=True) * share)
+            if spec.center:
+                dx = dx - jnp.sum(g, 1, keepdims=True) * share
+            dx = dx * rstd
+            if dtotal_ref is not None:
+                dx = dx + dtotal_ref[here, :].astype(jnp.float32)
+            dx_ref[here, :] = dx.astype(dx_ref.dtype)
+            for ref, terms in ((dscale_ref, dy_x_hat), (dbias_ref, dy)):
+                if ref is not None:
+                    groups = terms.reshape(-1, SUBLANES, features)
+                    ref[0] += jnp.sum(groups, 0)
+
+        _tpu_blocks.in_steps(blocks, step)
+
+    _in_own_blocks(run, (dscale_ref, dbias_ref), steps=steps, count=count)
+
+
+def _wide_kernel(
+    x_ref: Any,
+    dy_ref: Any,
+    dtotal_ref: Any,
+    moments_ref: Moments,
+    scale_ref: Any,
+    dx_ref: Any,
+    dscale_ref: Any,
+    dbias_ref: Any,
+    columns_ref: Any,
+    sums_ref: RowSums,
+    g_ref: Any,
+    x_hat_ref: Any,
+    *,
+    spec: NormSpec,
+    blocks: Blocks,
+    rows: int,
+    steps: int,
+    count: int,
+) -> None:
+    """Rows that do not: two passes over tiles of columns, `g` and `x_hat` in between."""
+    share = 1 / x_ref.shape[1]
+    tiles = _tpu_blocks.tiles(*x_ref.shape)
+    given = jax.tree.leaves(moments_ref)
+
+    def in_every_lane(column: Any) -> Any:
+        return jnp.broadcast_to(column, (column.shape[0], LANES))
+
+    def run(block: Any) -> None:
+        _tpu_blocks.read_statistics(given, columns_ref)
+        offset = blocks.offset(block)
+        for first in range(0, blocks.rows, MIN_ROWS):
+            here = pl.ds(first, MIN_ROWS)
+            at = pl.ds(pl.multiple_of(offset + first, MIN_ROWS), MIN_ROWS)
+            if spec.center:
+                sums_ref.mean[here, :] = in_every_lane(columns_ref[at, 0:1])
+            rstd = columns_ref[at, len(given) - 1 : len(given)]
+            sums_ref.rstd[here, :] = in_every_lane(rstd)
+        for ref in (sums_ref.g, sums_ref.g_x_hat):
+            ref[...] = jnp.zeros_like(ref)
+
+        def first_pass(row: Any, column: Any) -> None:
+            dscale = dbias = jnp.zeros((SUBLANES, tiles.columns), jnp.float32)
+            gamma = None
+            if scale_ref is not None:
+                gamma = tiles.parameter(scale_ref, column) + spec.scale_offset
+            for q in range(0, tiles.rows, SUBLANES):
+                here = pl.ds(row + q, SUBLANES)
+                x_hat = tiles.load(x_ref, row + q, column)
+                dy = tiles.load(dy_ref, row + q, column)
+                if spec.center:
+                    x_hat = x_hat - tiles.spread(sums_ref.mean[here, :])
+                if moments_ref.mean_low is not None:
+                    low = columns_ref[pl.ds(offset + row + q, SUBLANES), 1:2]
+                    x_hat = x_hat - tiles.spread(in_every_lane(low))
+                x_hat = x_hat * tiles.spread(sums_ref.rstd[here, :])
+                if rows % blocks.rows:
+                    # Rows past the end hold anything, NaN too.
+                    exists = _exists(block, blocks, row + q, SUBLANES, rows)
+                    x_hat, dy = (jnp.where(exists, a, 0.0) for a in (x_hat, dy))
+                g, g_x_hat = dy, dy * x_hat
+                dscale, dbias = dscale + g_x_hat, dbias + dy
+                if gamma is not None:
+                    g, g_x_hat = g * gamma, g_x_hat * gamma
+                tiles.store(x_hat_ref, row + q, column, x_hat)
+                tiles.store(g_ref, row + q, column, g)
+                if spec.center:
+                    sums_ref.g[here, :] += tiles.gather(g)
+                sums_ref.g_x_hat[here, :] += tiles.gather(g_x_hat)
+            for ref, sums in ((dscale_ref, dscale), (dbias_ref, dbias)):
+                if ref is not None:
+                    ref[0, :, pl.ds(column, tiles.columns)] += sums
+
+        tiles.each(first_pass)
+        for ref in (sums_ref.g, sums_ref.g_x_hat):
+            for first in range(0, blocks.rows, MIN_ROWS):
+                here = pl.ds(first, MIN_ROWS)
+                total = jnp.sum(ref[here, :], 1, keepdims=True) * share
+                ref[here, :] = in_every_lane(total)
+
+        def second_pass(row: Any, column: Any) -> None:
+            for q in range(0, tiles.rows, SUBLANES):
+                here = pl.ds(row + q, SUBLANES)
+                dx = tiles.load(g_ref, row + q, column)
+                x_hat = tiles.load(x_hat_ref, row + q, column)
+                if spec.center:
+                    dx = dx - tiles.spread(sums_ref.g[here, :])
+                dx = dx - x_hat * tiles.spread(sums_ref.g_x_hat[here, :])
+                dx = dx * tiles.spread(sums_ref.rstd[here, :])
+                if dtotal_ref is not None:
+                    dx = dx + tiles.load(dtotal_ref, row + q, column)
+                tiles.store(dx_ref, row + q, column, dx)
+
+        tiles.each(second_pass)
+
+    _in_own_blocks(run, (dscale_ref, dbias_ref), steps=steps, count=count)

@@ -1,0 +1,254 @@
+"""What the TPU kernels share: blocks of rows, statistics of rows, tiles of columns.
+
+A register holds 8 rows by 128 columns of float32, and there are 64. The rules below are
+one for all chips; the figures they rest on come from the compiler's schedules
+(`benchmarks/tpu_cycles.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+SUBLANES = 8
+CORES = 2
+"""Parts of the backward pass that may run side by side: some chips have two cores."""
+BLOCK_BYTES = 1 << 20
+"""Of one operand: long enough a transfer for full bandwidth, small enough to overlap."""
+VMEM_BYTES = 12 << 20
+"""For all blocks, each twice (one is computed on while the other moves): of 16 MiB."""
+MIN_ROWS = 16
+"""Two rows of bfloat16 share a sublane."""
+
+
+class Blocks(NamedTuple):
+    """How a matrix is cut.
+
+    Attributes:
+      rows: of a block.
+      step: rows that are computed on at once; divides `rows`.
+      unroll: steps written out one behind the other.
+      shared: consecutive blocks that together have the 128 rows whose statistics fill
+        one register row; 1 where a block has as many itself.
+    """
+
+    rows: int
+    step: int
+    unroll: int
+    shared: int
+
+    @property
+    def span(self) -> int:
+        """Rows whose statistics are read or written at once."""
+        return self.rows * self.shared
+
+    def span_of(self, block: Any) -> Any:
+        """The number of the span that a block lies in."""
+        return block if self.shared == 1 else lax.div(block, jnp.int32(self.shared))
+
+    def offset(self, block: Any) -> Any:
+        """The first row of a block within its span."""
+        if self.shared == 1:
+            return 0
+        return lax.rem(block, jnp.int32(self.shared)) * self.rows
+
+
+def blocks(rows: int, features: int, itemsizes: Sequence[int], step: int) -> Blocks:
+    """About `BLOCK_BYTES` per operand; a divisor of `rows` where there is one.
+
+    Args:
+      itemsizes: of the operands and results of whole rows.
+      step: elements to compute on at once, at the most.
+    """
+    width = round_up(features, LANES)
+    fit = min(
+        BLOCK_BYTES // (width * max(itemsizes)),
+        VMEM_BYTES // (2 * width * sum(itemsizes)),
+    )
+    block = power_of_two(max(MIN_ROWS, fit))
+    while block > LANES and pl.cdiv(rows, block) < 2 * CORES:
+        block //= 2  # two blocks a core at least, for transfers to overlap with work
+    block = max(MIN_ROWS, min(block, power_of_two(2 * rows - 1)))
+    while block > LANES and rows % block and rows % LANES == 0:
+        block //= 2
+    at_once = power_of_two(min(block, max(MIN_ROWS, step // width)))
+    even = (block // at_once) % 2 == 0
+    unroll = 2 if even and at_once * width <= 1 << 18 else 1
+    return Blocks(block, at_once, unroll, max(1, LANES // block))
+
+
+def round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
+
+
+def power_of_two(n: int) -> int:
+    """The largest one that is not above `n`."""
+    return 1 << (n.bit_length() - 1)
+
+
+def in_steps(blocks: Blocks, body: Callable[[Any, Any], None]) -> None:
+    """`body(first_row, rows)` for each step of a block."""
+
+    def run(i: Any, _: None) -> None:
+        first = pl.multiple_of(i * blocks.step, blocks.step)
+        body(first, pl.ds(first, blocks.step))
+
+    if blocks.rows == blocks.step:
+        body(0, pl.ds(0, blocks.step))
+    else:
+        lax.fori_loop(0, blocks.rows // blocks.step, run, None, unroll=blocks.unroll)
+
+
+# Statistics are arrays (1, rows) in memory: a row after row, where an array (rows, 1)
+# would be padded to 128 lanes. Computing takes them down the sublanes, as (rows, 1). The
+# scratch array `columns` has one for each lane; a transposition leads there and back.
+
+
+def write_statistics(columns_ref: Any, refs: Sequence[Any]) -> None:
+    """Lane k of `columns` to the k-th of `refs`."""
+    for first in range(0, columns_ref.shape[0], LANES):
+        rows = pl.ds(first, LANES)
+        turned = jnp.transpose(columns_ref[rows, :])
+        for k, ref in enumerate(refs):
+            ref[:, rows] = turned[k : k + 1, :]
+
+
+def read_statistics(refs: Sequence[Any], columns_ref: Any) -> None:
+    """The k-th of `refs` to lane k of `columns`."""
+    for first in range(0, columns_ref.shape[0], LANES):
+        rows = pl.ds(first, LANES)
+        stacked = [ref[:, rows] for ref in refs]
+        stacked.append(jnp.zeros((SUBLANES - len(refs), LANES), jnp.float32))
+        turned = jnp.transpose(jnp.concatenate(stacked, 0))
+        columns_ref[rows, 0:SUBLANES] = turned
+
+
+def lanes(values: Sequence[Any], rows: int) -> Any:
+    """The k-th of several (rows, 1) in lane k of one (rows, 128)."""
+    lane = lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
+    merged = jnp.broadcast_to(values[0], (rows, LANES))
+    for k, value in enumerate(values[1:], 1):
+        merged = jnp.where(lane == k, value, merged)
+    return merged
+
+
+class Tiles(NamedTuple):
+    """A block cut into tiles, for rows that do not fit into registers.
+
+    Loops over tiles keep the compiler from holding a whole row between one pass over it
+    and the next, which it would spill.
+    """
+
+    rows: int
+    columns: int
+    block_rows: int
+    features: int
+
+    def each(self, body: Callable[[Any, Any], None]) -> None:
+        """`body(first_row, first_column)` for each tile, row by row."""
+        down, across = self.block_rows // self.rows, self.features // self.columns
+
+        def run(i: Any, _: None) -> None:
+            # One loop and not two: the compiler's schedule tells such a one's length.
+            row: Any = 0 if down == 1 else lax.div(i, jnp.int32(across)) * self.rows
+            column: Any = (
+                0 if across == 1 else lax.rem(i, jnp.int32(across)) * self.columns
+            )
+            body(
+                pl.multiple_of(row, self.rows) if down > 1 else 0,
+                pl.multiple_of(column, self.columns) if across > 1 else 0,
+            )
+
+        lax.fori_loop(0, down * across, run, None)
+
+    def load(self, ref: Any, row: Any, column: Any) -> Any:
+        """Eight rows of a tile, in float32."""
+        here = ref[pl.ds(row, SUBLANES), pl.ds(column, self.columns)]
+        return here.astype(jnp.float32)
+
+    def store(self, ref: Any, row: Any, column: Any, values: Any) -> None:
+        at = (pl.ds(row, SUBLANES), pl.ds(column, self.columns))
+        ref[at] = values.astype(ref.dtype)
+
+    def parameter(self, ref: Any, column: Any) -> Any:
+        """A parameter (1, features), for eight rows."""
+        row = ref[:, pl.ds(column, self.columns)]
+        return jnp.broadcast_to(row, (SUBLANES, self.columns))
+
+    def spread(self, statistics: Any) -> Any:
+        """(8, 128), the same in all lanes, over the columns of a tile."""
+        return jnp.concatenate([statistics] * (self.columns // LANES), 1)
+
+    def gather(self, values: Any) -> Any:
+        """Sums over the columns of a tile, still one for each of 128 lanes."""
+        parts = [values[:, k : k + LANES] for k in range(0, self.columns, LANES)]
+        while len(parts) > 1:
+            pairs = [a + b for a, b in zip(parts[::2], parts[1::2], strict=False)]
+            parts = pairs + parts[2 * len(pairs) :]
+        return parts[0]
+
+
+def tiles(block_rows: int, features: int) -> Tiles:
+    """About 64 registers a tile, an even number of them across where `features` allows.
+
+    A register of bfloat16 holds 8 rows by 256 columns.
+    """
+    across = features // LANES
+    rows = min(block_rows, LANES)
+    most = min(across, max(2, 64 * SUBLANES // rows))
+    fitting = [n for n in range(1, most + 1) if across % n == 0]
+    even = [n for n in fitting if n % 2 == 0]
+    return Tiles(rows, LANES * (even or fitting)[-1], block_rows, features)
+
+
+def call(
+    kernel: Callable[..., None],
+    name: str,
+    *,
+    grid: tuple[int, int],
+    inputs: Sequence[tuple[Any, Any]],
+    outputs: Sequence[tuple[Any, Any]],
+    scratch: Sequence[Any],
+    flops_per_element: int,
+) -> Any:
+    """Runs `kernel`; operands that are None reach it as None.
+
+    The first grid dimension may be shared out to the cores of a chip.
+    """
+    operands = [operand for operand, _ in inputs]
+    shapes = [shape for shape, _ in outputs]
+    moved = jax.tree.leaves([operands, shapes])
+    # Inside shard_map: results vary over the mesh axes that the operands vary over.
+    varying = jax.typeof(operands[0]).manual_axis_type
+    shapes = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, manual_axis_type=varying),
+        shapes,
+    )
+    elements = math.prod(operands[0].shape)
+    run = pl.pallas_call(
+        kernel,
+        name=name,
+        grid=grid,
+        in_specs=[spec if a is not None else None for a, spec in inputs],
+        out_specs=[spec if a is not None else None for a, spec in outputs],
+        out_shape=shapes,
+        scratch_shapes=list(scratch),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary")
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=flops_per_element * elements,
+            transcendentals=operands[0].shape[0],
+            bytes_accessed=sum(math.prod(a.shape) * a.dtype.itemsize for a in moved),
+        ),
+    )
+    with jax.enable_x64(False):  # whose integers would be of 64 bits, which TPUs lack
+        return run(*operands)

@@ -1,0 +1,161 @@
+"""TPU kernels, in Pallas: each array crosses memory once, each way.
+
+Why: alone, 8192x4096 in bfloat16, Flax's norm moves 1.5 times the least bytes forward and
+3.7 times backward on a TPU v5e, and the XLA form 1.5 times forward. Here a block of
+whole rows is in fast memory while its statistics are taken and used: forward reads x
+and writes y, backward reads x and dy and writes dx, with a residual one array more each
+way. Moments are (1, rows) in memory, since (rows, 1) would be padded to 128 lanes.
+`python -m benchmarks.tpu_kernels` counts bytes and scheduled cycles.
+
+Numerics: float32, the corrected two-pass formula of `_equations`. Of bfloat16 the low
+word of the mean is not read backward: what bfloat16 can hold of a deviation is larger.
+`dscale` and `dbias` are summed in a fixed order.
+
+Limits: bfloat16 and float32; whole rows of up to `WIDEST` features; one row of
+parameters, so that the backward pass under `jax.vmap`, where each example has gradients
+of its own, is the XLA form's. A row whose plain sum overflows, beyond 1e38 / features,
+is NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_layernorm import _equations
+from jax_layernorm._equations import Moments
+from jax_layernorm._kernel_op import Problem
+from jax_layernorm._kernels._rows import Rows, as_rows
+
+DTYPES = ("bfloat16", "float32")
+WIDEST = 32768
+
+
+def unsupported(problem: Problem) -> str | None:
+    if problem.platform != "tpu":
+        return "it is for TPUs"
+    rows = as_rows(problem)
+    if isinstance(rows, str):
+        return rows
+    spec = problem.static["spec"]
+    whole: dict[str, Any] = {"x": problem.operands[0], "y": spec}
+    if problem.op == "layer_norm_forward":
+        whole["residual"] = problem.operands[1]
+    else:
+        *_, dtotal, dmean, drstd = problem.operands
+        whole["dtotal"] = dtotal
+        if dmean is not None or drstd is not None:
+            return "the statistics have cotangents"
+    for name, array in whole.items():
+        if array is not None and array.dtype.name not in DTYPES:
+            return f"{name} has the dtype {array.dtype.name}, not bfloat16 or float32"
+    if any(groups not in (None, 1) for groups in rows[2:]):
+        return "there are parameters of their own for some rows"
+    if rows.features > WIDEST:
+        return f"a row has {rows.features} elements, more than {WIDEST}"
+    return None
+
+
+def not_default(problem: Problem) -> str | None:
+    del problem
+    return (
+        "by its name only: no benchmark of whole programs has shown yet where it wins"
+    )
+
+
+def forward(problem: Problem) -> Callable[..., _equations.Forward]:
+    rows = _rows(problem)
+
+    def run(
+        x: Any,
+        residual: Any,
+        scale: Any,
+        bias: Any,
+        mask: None,
+        *,
+        spec: Any,
+        with_moments: bool,
+    ) -> _equations.Forward:
+        from jax_layernorm._kernels import _tpu_forward  # not before it is needed
+
+        total_dtype = x.dtype
+        if residual is not None:
+            total_dtype = jnp.promote_types(x.dtype, residual.dtype)
+        y, total, moments = _tpu_forward.forward(
+            _matrix(x, rows),
+            _matrix(residual, rows),
+            _parameter(scale, rows),
+            _parameter(bias, rows),
+            spec=spec,
+            total_dtype=total_dtype,
+            with_moments=with_moments,
+        )
+        if moments is not None:
+            kept = (*x.shape[: x.ndim - len(spec.axes)], *[1] * len(spec.axes))
+            if spec.center and moments.mean_low is None:
+                zeros = jnp.zeros_like(moments.rstd)
+                moments = moments._replace(mean_low=zeros)
+            moments = jax.tree.map(lambda m: m.reshape(kept), moments)
+        total = None if total is None else total.reshape(x.shape)
+        return _equations.Forward(y.reshape(x.shape), total, moments)
+
+    return run
+
+
+def backward(problem: Problem) -> Callable[..., _equations.Backward]:
+    rows = _rows(problem)
+
+    def run(
+        x: Any,
+        scale: Any,
+        mask: None,
+        moments: Moments,
+        dy: Any,
+        dtotal: Any,
+        dmean: None,
+        drstd: None,
+        *,
+        spec: Any,
+        scale_shape: Any,
+        bias_shape: Any,
+    ) -> _equations.Backward:
+        from jax_layernorm._kernels import _tpu_backward  # not before it is needed
+
+        per_row = (1, rows.rows)
+        dx, dscale, dbias = _tpu_backward.backward(
+            _matrix(x, rows),
+            _parameter(scale, rows),
+            jax.tree.map(lambda m: m.reshape(per_row), moments),
+            _matrix(dy, rows),
+            _matrix(dtotal, rows),
+            spec=spec,
+            with_dscale=scale_shape is not None,
+            with_dbias=bias_shape is not None,
+        )
+        return _equations.Backward(
+            dx.reshape(x.shape),
+            None if dscale is None else dscale.reshape(scale_shape),
+            None if dbias is None else dbias.reshape(bias_shape),
+        )
+
+    return run
+
+
+def _rows(problem: Problem) -> Rows:
+    rows = as_rows(problem)
+    assert isinstance(rows, Rows), rows
+    return rows
+
+
+def _matrix(array: Any, rows: Rows) -> Any:
+    return None if array is None else array.reshape(rows.rows, rows.features)
+
+
+def _parameter(array: Any, rows: Rows) -> Any:
+    """As float32: it is small, and a kernel reads it once."""
+    if array is None:
+        return None
+    return array.reshape(1, rows.features).astype(jnp.float32)

@@ -1,0 +1,261 @@
+"""The TPU kernels: their values in interpret mode, and what they are lowered to.
+
+Interpret mode, on CPU, shows values, what is read past the end, and what is read before
+it is written, but neither layouts nor limits; `test_tpu_compiled.py` is for these.
+Lowering for a TPU needs none, and shows which implementation a program runs.
+"""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax import export, lax
+
+import jax_layernorm as jln
+from jax_layernorm import _kernels
+from jax_layernorm._kernels import _tpu_blocks, pallas_tpu
+
+FUNCTIONS = (jln.layer_norm, jln.rms_norm)
+DTYPES = ("float32", "bfloat16")
+OFFSETS = (1e2, 1e6)
+SHAPES = ((1, 128), (37, 64), (300, 128), (130, 768), (21, 1000), (50, 2304))
+"""One of each kind of block; ragged and odd ones."""
+
+
+class OnTheCpu:
+    """The TPU kernels, where they would run if this were a TPU."""
+
+    def __init__(self):
+        self.ran = []
+
+    def unsupported(self, problem):
+        return pallas_tpu.unsupported(problem._replace(platform="tpu"))
+
+    def not_default(self, problem):
+        return pallas_tpu.not_default(problem._replace(platform="tpu"))
+
+    def forward(self, problem):
+        self.ran.append("forward")
+        return pallas_tpu.forward(problem)
+
+    def backward(self, problem):
+        self.ran.append("backward")
+        return pallas_tpu.backward(problem)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The kernels are what `implementation="pallas_tpu"` means here, interpreted."""
+    kernel = OnTheCpu()
+    monkeypatch.setitem(_kernels.KERNELS, "pallas_tpu", kernel)
+    jax.clear_caches()
+    # Interpreted as array operations. Scratch memory and rows past the end hold NaN.
+    call = functools.partial(_tpu_blocks.pl.pallas_call, interpret=True)
+    monkeypatch.setattr(_tpu_blocks.pl, "pallas_call", call)
+    yield kernel
+    jax.clear_caches()
+
+
+def draw(shape, *, offset=0.0, dtype="float32", seed=0):
+    rng = np.random.default_rng(seed)
+    x, residual, dy, dtotal = rng.normal(size=(4, *shape))
+    scale, bias = rng.normal(size=(2, shape[-1])) + [[1], [0]]
+    whole = (jnp.asarray(a, dtype) for a in (x + offset, residual, dy, dtotal))
+    params = {
+        "scale": jnp.asarray(scale, "float32"),
+        "bias": jnp.asarray(bias, "float32"),
+    }
+    return params, *whole
+
+
+def assert_right(out, params, x, dy, dtotal=None, **options):
+    y, dparams, dx = out
+    expected = oracle.norm(x, params.get("scale"), params.get("bias"), dy, **options)
+    assert y.dtype == dy.dtype and dx.dtype == x.dtype
+    oracle.assert_close(y, expected.y, against=expected.y_size, computed_in="float32")
+    right, size = expected.dx, expected.dx_size
+    if dtotal is not None:
+        right = right + np.asarray(dtotal, np.float64)
+        size = size + np.max(np.abs(right), -1, keepdims=True)
+    oracle.assert_close(dx, right, against=size)
+    rows = x.size // x.shape[-1]
+    for name in params:
+        oracle.assert_close(
+            dparams[name],
+            getattr(expected, f"d{name}"),
+            summed=rows,
+            against=getattr(expected, f"d{name}_size"),
+        )
+
+
+def value_and_gradients(function, params, x, dy, **options):
+    def run(params, x, dy):
+        norm = functools.partial(function, implementation="pallas_tpu", **options)
+        y, pullback = jax.vjp(norm, params, x)
+        return y, *pullback(dy)
+
+    return jax.jit(run)(params, x, dy)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_values_and_gradients_are_right(function, dtype, shape, interpreted):
+    params, x, _, dy, _ = draw(shape, dtype=dtype)
+    out = value_and_gradients(function, params, x, dy)
+    assert interpreted.ran == ["forward", "backward"]
+    assert_right(out, params, x, dy, center=function is jln.layer_norm)
+
+
+@pytest.mark.parametrize("offset", OFFSETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ((20, 128), (20, 384), (20, 2304)), ids=str)
+def test_offset_costs_no_accuracy(shape, dtype, offset, interpreted):
+    params, x, _, dy, _ = draw(shape, offset=offset, dtype=dtype)
+    out = value_and_gradients(jln.layer_norm, params, x, dy)
+    assert interpreted.ran == ["forward", "backward"]
+    assert_right(out, params, x, dy)
+
+
+def test_scale_offset_dtype_and_missing_parameters_count(interpreted):
+    params, x, _, dy, _ = draw((20, 256), dtype="bfloat16")
+    dy = dy.astype("float32")
+    for own in (params, {"scale": params["scale"]}, {"bias": params["bias"]}, {}):
+        offset = {"scale_offset": 1.0} if "scale" in own else {}
+        out = value_and_gradients(
+            jln.layer_norm, own, x, dy, dtype=jnp.float32, epsilon=1e-3, **offset
+        )
+        assert_right(out, own, x, dy, epsilon=1e-3, **offset)
+    assert interpreted.ran == ["forward", "backward"] * 4
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("features", (128, 2304))
+def test_residual_is_added_in_both_passes(features, dtype, interpreted):
+    """A float32 stream to which a `dtype` branch is added."""
+    params, x, _, dy, _ = draw((50, features), dtype=dtype)
+    *_, residual, _, dtotal = draw((50, features), seed=1)
+
+    @jax.jit
+    def run(params, x, residual, dy, dtotal):
+        norm = functools.partial(jln.add_layer_norm, implementation="pallas_tpu")
+        out, pullback = jax.vjp(norm, params, x, residual)
+        return *out, *pullback((dy, dtotal))
+
+    y, total, dparams, dx, dresidual = run(params, x, residual, dy, dtotal)
+    assert interpreted.ran == ["forward", "backward"]
+    np.testing.assert_array_equal(total, residual + x.astype("float32"))
+    assert_right((y, dparams, dresidual), params, total, dy, dtotal)
+    np.testing.assert_array_equal(dx, dresidual.astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_statistics_are_right(dtype, interpreted):
+    params, x, *_ = draw((300, 384), offset=100, dtype=dtype)
+    run = functools.partial(
+        jln.layer_norm, return_statistics=True, implementation="pallas_tpu"
+    )
+    _, (mean, rstd) = jax.jit(run)(params, x)
+    assert interpreted.ran == ["forward"]
+    expected = oracle.norm(x)
+    assert mean.dtype == rstd.dtype == jnp.float32
+    oracle.assert_close(mean, expected.mean, against=expected.mean_size)
+    oracle.assert_close(rstd, expected.rstd)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("features", (256, 768, 2304))
+def test_a_row_of_nan_stays_alone_and_a_constant_one_is_the_bias(
+    features, dtype, interpreted
+):
+    params, x, _, dy, _ = draw((20, features), dtype=dtype)
+    x = x.at[3, 5].set(jnp.nan).at[4].set(1234.567).at[5].set(0)
+    y, _, dx = value_and_gradients(jln.layer_norm, params, x, dy)
+    assert interpreted.ran == ["forward", "backward"]
+    for array in (y, dx):
+        rows = np.isnan(np.asarray(array, "float32"))
+        assert rows[3].all() and not np.delete(rows, 3, 0).any()
+    for row in (4, 5):
+        np.testing.assert_array_equal(y[row], params["bias"].astype(dtype))
+
+
+@pytest.mark.parametrize("features", (256, 2304))
+def test_where_squares_overflow_y_is_the_bias_and_dx_is_0(features, interpreted):
+    params, x, _, dy, _ = draw((20, features))
+    y, _, dx = value_and_gradients(jln.layer_norm, params, x.at[3].mul(1e25), dy)
+    assert interpreted.ran == ["forward", "backward"]
+    np.testing.assert_array_equal(y[3], params["bias"])
+    np.testing.assert_array_equal(dx[3], 0)
+    assert np.isfinite(y).all() and np.isfinite(dx).all()
+
+
+def test_vmap_and_scan_keep_the_kernel(interpreted):
+    params, x, _, dy, _ = draw((3, 20, 128))
+    norm = functools.partial(jln.layer_norm, implementation="pallas_tpu")
+
+    @jax.jit
+    def mapped(x, dy):  # without parameters: else each example has gradients of its own
+        y, pullback = jax.vjp(jax.vmap(functools.partial(norm, {})), x)
+        return y, {}, *pullback(dy)
+
+    def step(_, each):
+        return None, value_and_gradients(jln.layer_norm, params, *each)
+
+    out = mapped(x, dy)
+    assert interpreted.ran == ["forward", "backward"]
+    assert_right(out, {}, x, dy)
+    y, dparams, dx = lax.scan(step, None, (x, dy))[1]
+    for i in range(len(x)):
+        each = jax.tree.map(lambda a, i=i: a[i], (y, dparams, dx))
+        assert_right(each, params, x[i], dy[i])
+    assert interpreted.ran == ["forward", "backward"] * 2
+
+
+def lowered(function, *arguments, platforms=("tpu",)):
+    traced = jax.jit(function).trace(*arguments)
+    return traced.lower(lowering_platforms=platforms).as_text()
+
+
+def kernels_of(text):
+    return re.findall(r'kernel_name = "(layer_norm_\w+)"', text)
+
+
+@pytest.mark.parametrize("x64", (False, True))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", (*SHAPES, (8192, 5120), (4096, 16384)), ids=str)
+def test_both_passes_lower_to_one_kernel_each(shape, dtype, x64):
+    with jax.enable_x64(x64):
+        x = jax.ShapeDtypeStruct(shape, dtype)
+        params = {"scale": jax.ShapeDtypeStruct(shape[-1:], "float32")}
+        run = functools.partial(value_and_gradients, jln.layer_norm)
+        found = kernels_of(lowered(run, params, x, x))
+    assert found == ["layer_norm_forward", "layer_norm_backward"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "reason"),
+    (
+        ((8, 128), "float16", "x has the dtype float16"),
+        ((8, 65536), "float32", "more than 32768"),
+        ((0, 128), "float32", "x is empty"),
+    ),
+)
+def test_what_it_cannot_run_is_told_at_lowering(shape, dtype, reason):
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    norm = functools.partial(jln.layer_norm, {}, implementation="pallas_tpu")
+    with pytest.raises(NotImplementedError, match=reason):
+        lowered(norm, x)
+    assert kernels_of(lowered(functools.partial(jln.layer_norm, {}), x)) == []
+
+
+def test_one_exported_program_holds_what_each_platform_runs():
+    x = jax.ShapeDtypeStruct((64, 128), "float32")
+    function = jax.jit(functools.partial(jln.layer_norm, {}))
+    exported = export.export(function, platforms=("cpu", "cuda", "tpu"))(x)
+    assert exported.platforms == ("cpu", "cuda", "tpu")
+    ones = jnp.ones((64, 128))
+    np.testing.assert_array_equal(exported.call(ones), function(ones))
