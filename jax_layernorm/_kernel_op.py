@@ -83,6 +83,7 @@ def kernel_op(
     reference: Callable[..., Any],
     select: Select,
     *,
+    refused: Callable[[Problem], str | None] = lambda problem: None,
     fold: Callable[..., Folded | None] = lambda operands, dims, static: None,
     share: Callable[..., Share | None] = lambda operands, results, static: None,
 ) -> Callable[..., Any]:
@@ -93,6 +94,9 @@ def kernel_op(
       reference: operands are pytrees of arrays, static arguments hashable; returns a
         pytree of arrays. It must not depend on JAX's global settings.
       select: called at lowering; what it raises reaches the user.
+      refused: called when the op is, with what is known by then of the problem; a message
+        where it can run nowhere, which is raised. A batched use for which there is one is
+        not folded.
       fold: called under `jax.vmap` with the operands, the position of the mapped axis in
         each (None: not mapped) and the static arguments; None where the batched op is
         not one use of the op, and the reference is to be batched instead.
@@ -124,7 +128,13 @@ def kernel_op(
         mesh = jax.sharding.get_abstract_mesh()  # shardings of outputs depend on it
         return traced(tuple(avals), treedef, static, mesh)
 
+    def refusal(operands: tuple[Any, ...], static: dict[str, Any]) -> str | None:
+        return refused(Problem(name, operands, static, "", False, False))
+
     def op(*operands: Any, **static: Hashable) -> Any:
+        message = refusal(operands, static)
+        if message is not None:
+            raise NotImplementedError(message)
         leaves, treedef = jax.tree.flatten(operands)
         items = tuple(sorted(static.items()))
         _, out_tree = outputs(map(jax.typeof, leaves), treedef, items)
@@ -164,7 +174,7 @@ def kernel_op(
     def batch(args: Any, dims: Any, *, treedef: Any, static: Any) -> Any:
         operands, positions = (jax.tree.unflatten(treedef, a) for a in (args, dims))
         folded = fold(operands, positions, dict(static))
-        if folded is None:
+        if folded is None or refusal(folded.operands, folded.static) is not None:
             run = flat(reference, treedef, static)
             results = jax.vmap(run, in_axes=tuple(dims))(*args)
         else:

@@ -14,13 +14,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax_layernorm import _batching, _equations, _sharding
 from jax_layernorm._equations import Moments, NormSpec
 from jax_layernorm._kernel_op import kernel_op
-from jax_layernorm._kernels import select
+from jax_layernorm._kernels import refused, select
 from jax_layernorm._results import Normalized, Statistics
 
 forward_op = kernel_op(
     "layer_norm_forward",
     _equations.forward,
     select,
+    refused=refused,
     fold=_batching.fold_forward,
     share=_sharding.share_of_each_device,
 )
@@ -28,6 +29,7 @@ backward_op = kernel_op(
     "layer_norm_backward",
     _equations.backward,
     select,
+    refused=refused,
     fold=_batching.fold_backward,
     share=_sharding.share_of_each_device,
 )
@@ -70,6 +72,12 @@ def _ops(spec: NormSpec) -> tuple[Any, Any]:
     kernel op holds no collective, since its batching rule would run outside the axis.
     """
     if spec.axis_names:
+        if spec.implementation not in (None, "xla"):
+            raise NotImplementedError(
+                "implementation must be None or 'xla' where the normalized axes are split"
+                f" over mapped axes or devices; got {spec.implementation!r}, and"
+                f" {spec.axis_names}. Use implementation=None."
+            )
         return _equations.forward, _equations.backward
     return forward_op, backward_op
 

@@ -19,6 +19,8 @@ MARK = 1000.0
 class MarkingKernel:
     """A stand-in for a kernel: the equations, with outputs moved so that it shows."""
 
+    platforms = ("cpu",)
+
     def unsupported(self, problem):
         if problem.platform != "cpu":
             return "it is for CPUs"
@@ -150,6 +152,38 @@ def test_under_explicit_axes_the_kernel_runs_unless_they_split_the_rows(x, spec)
     for key, gradient in expected.items():
         assert dparams[key].sharding.spec == P(None)
         np.testing.assert_allclose(dparams[key], gradient, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("kernel")
+def test_a_named_kernel_that_cannot_run_raises_at_the_call(x):
+    norm = functools.partial(jln.layer_norm, {}, implementation="marking")
+    assert jax.eval_shape(norm, x).shape == x.shape
+    with pytest.raises(NotImplementedError, match="features must be 16"):
+        jax.eval_shape(norm, x[:, :8])
+    split = jax.vmap(functools.partial(norm, axis_name="i"), 1, 1, axis_name="i")
+    with pytest.raises(NotImplementedError, match="split over mapped axes"):
+        jax.eval_shape(split, x.reshape(4, 1, 16))
+
+
+@pytest.mark.usefixtures("kernel")
+def test_a_named_kernel_that_cannot_run_a_batch_leaves_it_to_the_equations(
+    x, monkeypatch
+):
+    def of_one_row_of_parameters(problem):
+        shapes = (problem.static.get("scale_shape"), problem.static.get("bias_shape"))
+        return "too many" if any(len(s) > 1 for s in shapes if s) else None
+
+    kernel = _kernels.KERNELS["marking"]
+    monkeypatch.setattr(kernel, "unsupported", of_one_row_of_parameters)
+
+    def gradients(x):
+        norm = functools.partial(jln.layer_norm, implementation="marking")
+        y, pullback = jax.vjp(norm, {"scale": jnp.ones(16)}, x)
+        return y, *pullback(jnp.cos(x))
+
+    y, dparams, dx = jax.vmap(gradients)(jnp.stack([x, x]))
+    assert ran(y) and not ran(dx)
+    assert dparams["scale"].shape == (2, 16)
 
 
 @pytest.mark.usefixtures("kernel")

@@ -32,6 +32,8 @@ class OnTheCpu:
     def __init__(self):
         self.ran = []
 
+    platforms = ("cpu",)
+
     def unsupported(self, problem):
         return pallas_tpu.unsupported(problem._replace(platform="tpu"))
 

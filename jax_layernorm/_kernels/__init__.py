@@ -20,6 +20,11 @@ from jax_layernorm._kernels import native_cpu, pallas_tpu, xla
 class Kernel(Protocol):
     """One implementation of the norm, forward and backward."""
 
+    @property
+    def platforms(self) -> tuple[str, ...]:
+        """Those that it may run on."""
+        ...
+
     def unsupported(self, problem: Problem) -> str | None:
         """Why this implementation cannot run `problem`, or None; shown to users."""
         ...
@@ -92,8 +97,29 @@ def select(problem: Problem) -> Callable[..., Any]:
         decisions.append(Decision(chosen, reasons))
     if chosen is None:
         raise NotImplementedError(
-            f"implementation={name!r} must be able to run the {problem.op} it is asked"
-            f" for; got one on platform {problem.platform!r} that it cannot:"
-            f" {reasons[name]}. Use implementation=None to take the best that can."
+            _message(
+                name, f"{problem.op} on platform {problem.platform!r}", reasons[name]
+            )
         )
     return getattr(KERNELS[chosen], problem.op.removeprefix("layer_norm_"))(problem)
+
+
+def refused(problem: Problem) -> str | None:
+    """An error message where the implementation asked for by name can run this nowhere."""
+    name = problem.static["spec"].implementation
+    if name is None:
+        return None
+    kernel = KERNELS[name]
+    reasons = [
+        kernel.unsupported(problem._replace(platform=platform))
+        for platform in kernel.platforms
+    ]
+    return None if None in reasons else _message(name, problem.op, reasons[0])
+
+
+def _message(name: str | None, what: str, reason: str | None) -> str:
+    return (
+        f"implementation={name!r} must be able to run the norm it is asked for; got a"
+        f" {what} that it cannot: {reason}. Use implementation=None to take the best that"
+        " can."
+    )

@@ -34,6 +34,7 @@ from jax_layernorm._kernels import _rows
 
 LIBRARY = "libjax_layernorm_cpu.so"
 FORWARD, BACKWARD = "jax_layernorm_forward", "jax_layernorm_backward"
+platforms = ("cpu",)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 

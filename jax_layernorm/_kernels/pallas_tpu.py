@@ -30,6 +30,7 @@ from jax_layernorm._equations import Moments
 from jax_layernorm._kernel_op import Problem
 from jax_layernorm._kernels._rows import Rows, as_rows
 
+platforms = ("tpu",)
 DTYPES = ("bfloat16", "float32")
 WIDEST = 32768
 

@@ -17,8 +17,9 @@ from typing import Any
 from jax import lax
 
 from jax_layernorm import _equations
-from jax_layernorm._kernel_op import Problem
+from jax_layernorm._kernel_op import PLATFORMS, Problem
 
+platforms = PLATFORMS
 FENCED_PLATFORMS = ("cpu", "cuda", "rocm")
 
 
