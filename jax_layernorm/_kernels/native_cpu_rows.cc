@@ -2,8 +2,8 @@
 // that this file is compiled for; JLN_KERNELS names the table it defines.
 //
 // A row is read from memory once: what a later pass over it needs is still in the cache.
-// Sums along a row run in vectors of partial sums over kBlock registers of elements, in a
-// fixed order, and over these blocks in vectors of float64. Sums over rows run over a few
+// Sums along a row run in vectors of partial sums of kBlock terms a lane, in a fixed
+// order, and over these blocks in vectors of float64. Sums over rows run over a few
 // rows in the dtype of the arithmetic, and over these in about twice its precision.
 
 #include <cmath>
@@ -15,7 +15,7 @@
 namespace jax_layernorm {
 namespace {
 
-constexpr int64_t kBlock = 32;
+constexpr int kBlock = 32;
 
 template <class T>
 using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -58,8 +58,9 @@ JLN_INLINE void row_sums(int64_t features, double (&totals)[S][R], C,
                          Accumulate accumulate) {
   constexpr int N = kLanes<C>;
   WideSum<C> wide[R][S];
-  for (int64_t begin = 0; begin < features; begin += kBlock * N) {
-    const int64_t end = features - begin < kBlock * N ? features : begin + kBlock * N;
+  constexpr int64_t block = kBlock * U * N;
+  for (int64_t begin = 0; begin < features; begin += block) {
+    const int64_t end = features - begin < block ? features : begin + block;
     Register<C> sums[U][R][S] = {};
     int64_t i = begin;
     for (; i + U * N <= end; i += U * N) {

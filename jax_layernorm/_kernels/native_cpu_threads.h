@@ -22,12 +22,26 @@ class Pool {
   virtual void schedule(std::function<void()> task) = 0;
 };
 
-// Memory that one thread uses for one chunk after the other.
+// Memory that a thread uses for one chunk after the other, and keeps, since giving back
+// and getting pages takes longer than a small norm.
 class Scratch {
  public:
+  static Scratch& of_this_thread() {
+    thread_local Scratch scratch;
+    return scratch;
+  }
+
+  // Of what a thread has no use for, up to a megabyte stays.
+  void shrink() {
+    for (Buffer& buffer : buffers_) {
+      if (buffer.size > kKept) buffer = Buffer();
+    }
+  }
+
   void* bytes(int slot, int64_t size) {
     Buffer& buffer = buffers_[slot];
     if (buffer.size < size) {
+      buffer = Buffer();  // first, so that both are not held at once
       buffer.data.reset(new char[size]);
       buffer.size = size;
     }
@@ -35,6 +49,7 @@ class Scratch {
   }
 
  private:
+  static constexpr int64_t kKept = 256 * 1024;
   struct Buffer {
     std::unique_ptr<char[]> data;
     int64_t size = 0;
@@ -56,7 +71,7 @@ struct Chunks {
   std::condition_variable all_done;
 
   void work() {
-    Scratch scratch;
+    Scratch& scratch = Scratch::of_this_thread();
     int64_t own = 0;
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count; ++own) {
       try {
@@ -65,6 +80,7 @@ struct Chunks {
         out_of_memory.store(true, std::memory_order_relaxed);
       }
     }
+    if (own != 0) scratch.shrink();
     if (own != 0 && done.fetch_add(own, std::memory_order_acq_rel) + own == count) {
       std::lock_guard<std::mutex> lock(mutex);
       all_done.notify_all();
@@ -95,9 +111,10 @@ template <class Body>
 bool parallel_for(Pool& pool, int64_t chunks, int64_t helpers, const Body& body) {
   helpers = std::min({helpers, chunks - 1, pool.threads() - 1});
   if (helpers <= 0) {
+    Scratch& scratch = Scratch::of_this_thread();
     try {
-      Scratch scratch;
       for (int64_t i = 0; i < chunks; ++i) body(i, scratch);
+      scratch.shrink();
     } catch (const std::bad_alloc&) {
       return false;
     }

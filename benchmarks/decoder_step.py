@@ -1,0 +1,93 @@
+"""Time of one training step of `examples/decoder.py`, by norm, interleaved.
+
+    layernorm  jax_layernorm, as it chooses; xla: its XLA form
+    flax       flax.linen.LayerNorm
+    none       no norm at all: what is left is not the norm's
+
+Medians in ms, and each over flax. The step is the example's: AdamW, 16 windows of 128.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
+
+import decoder
+import flax.linen
+import training
+
+from benchmarks import report, timing
+from jax_layernorm import linen
+
+
+class NoNorm(flax.linen.Module):
+    """Its parameters are there, so that the optimizer does the same."""
+
+    dtype: Any = None
+
+    @flax.linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        features = x.shape[-1:]
+        scale = self.param("scale", flax.linen.initializers.ones, features)
+        bias = self.param("bias", flax.linen.initializers.zeros, features)
+        return x + 0 * (scale + bias).astype(x.dtype)
+
+
+NORMS = {
+    "layernorm": linen.LayerNorm,
+    "xla": functools.partial(linen.LayerNorm, implementation="xla"),
+    "flax": flax.linen.LayerNorm,
+    "none": NoNorm,
+}
+
+
+def step_of(norm: str, width: int) -> Any:
+    """A function that takes one step, and keeps the state."""
+    config = decoder.DecoderConfig(width=width, norm=norm)
+    settings = training.TrainingConfig()
+    state = training.init_state(config, settings)
+    step = training.make_train_step(config, settings)
+    rng = np.random.default_rng(0)
+    shape = (settings.batch, config.context + 1)
+    windows = jnp.asarray(rng.integers(0, 256, shape), jnp.uint8)
+
+    def run() -> None:
+        nonlocal state
+        state, loss = step(state, windows)
+        jax.block_until_ready((state, loss))
+
+    return run
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = report.parser(__doc__)
+    parser.add_argument("--widths", nargs="+", type=int, default=[128, 256])
+    parser.add_argument("--repetitions", type=int, default=31)
+    options = parser.parse_args(arguments)
+    decoder.NORMS |= NORMS
+    where = report.environment()
+    report.print_environment(where)
+    results = []
+    for width in options.widths:
+        run = {norm: step_of(norm, width) for norm in NORMS}
+        seconds = timing.interleaved(run, repetitions=options.repetitions)
+        results += [
+            {"width": width, "norm": norm, "ms": value * 1e3}
+            | {"over flax": value / seconds["flax"]}
+            for norm, value in seconds.items()
+        ]
+    table = [[r["width"], r["norm"], r["ms"], r["over flax"]] for r in results]
+    report.print_table(("width", "norm", "ms", "over flax"), table)
+    report.write_json(options.json, where, results)
+
+
+if __name__ == "__main__":
+    main()
