@@ -267,9 +267,11 @@ JLN_INLINE void backward_together(const BackwardRows& a, int64_t row) {
     if (a.drstd != nullptr) {
       sum_along += double{rstd[k]} * static_cast<const C*>(a.drstd)[row + k];
     }
+    // Of a single feature, its own mean, g - mean(g) is 0, and not only about.
+    const C factor = kCenter && features == 1 ? C{0} : rstd[k];
     // dx = rstd * g - (x_hat * along_x_hat + constant): few roundings.
     const C along_x_hat = static_cast<C>(sum_along * share * rstd[k]);
-    double constant = sums[1][k] * share * rstd[k];
+    double constant = sums[1][k] * share * factor;
     if (a.dmean != nullptr) {
       constant -= static_cast<const C*>(a.dmean)[row + k] * share;
     }
@@ -282,7 +284,7 @@ JLN_INLINE void backward_together(const BackwardRows& a, int64_t row) {
       if (gamma != nullptr) g = g * load<C>(gamma + i, which);
       V less = x_hat(k, i, which) * all<V>(along_x_hat);
       if constexpr (kCenter) less = less + all<V>(static_cast<C>(constant));
-      V v = all<V>(rstd[k]) * g - less;
+      V v = all<V>(factor) * g - less;
       if (dtotal != nullptr) v = v + load<C>(dtotal + i, which);
       store<C>(dx + k * features + i, v, which);
     });
