@@ -316,7 +316,7 @@ def main(arguments: list[str] | None = None) -> None:
         results = in_children(options.threads, arguments or sys.argv[1:])
     print_summary(results)
     report.write_json(options.json, where, results)
-    if options.plot is not None:
+    if options.plot:
         plot(results, where, options.plot)
 
 
@@ -328,7 +328,7 @@ def in_children(threads: list[int], arguments: list[str]) -> list[dict[str, Any]
             path = os.path.join(folder, f"{number}.json")
             os.sched_setaffinity(0, all_cores[:number])  # which the child inherits
             command = [sys.executable, "-m", "benchmarks.cpu", *arguments]
-            command += ["--threads", str(number), "--json", path]
+            command += ["--threads", str(number), "--json", path, "--plot", ""]
             subprocess.run(command, check=True)
             with open(path) as file:
                 results += json.load(file)["results"]

@@ -267,13 +267,12 @@ JLN_INLINE void backward_together(const BackwardRows& a, int64_t row) {
     if (a.drstd != nullptr) {
       sum_along += double{rstd[k]} * static_cast<const C*>(a.drstd)[row + k];
     }
-    // Of a single feature, its own mean, g - mean(g) is 0, and not only about.
-    const C factor = kCenter && features == 1 ? C{0} : rstd[k];
-    // dx = rstd * g - (x_hat * along_x_hat + constant): few roundings.
-    const C along_x_hat = static_cast<C>(sum_along * share * rstd[k]);
-    double constant = sums[1][k] * share * factor;
+    const C along_x_hat = static_cast<C>(sum_along * share);
+    // Before all else from g: of a constant g, what is left is exactly 0.
+    const C mean_g = static_cast<C>(sums[1][k] * share);
+    C shared = 0;
     if (a.dmean != nullptr) {
-      constant -= static_cast<const C*>(a.dmean)[row + k] * share;
+      shared = static_cast<C>(static_cast<const C*>(a.dmean)[row + k] * share);
     }
     const X* dtotal = static_cast<const X*>(a.dtotal);
     if (dtotal != nullptr) dtotal += (row + k) * features;
@@ -282,9 +281,9 @@ JLN_INLINE void backward_together(const BackwardRows& a, int64_t row) {
       __builtin_prefetch(dy + (R + k) * features + i);
       V g = load<C>(dy + k * features + i, which);
       if (gamma != nullptr) g = g * load<C>(gamma + i, which);
-      V less = x_hat(k, i, which) * all<V>(along_x_hat);
-      if constexpr (kCenter) less = less + all<V>(static_cast<C>(constant));
-      V v = all<V>(factor) * g - less;
+      if constexpr (kCenter) g = g - all<V>(mean_g);
+      V v = (g - x_hat(k, i, which) * all<V>(along_x_hat)) * all<V>(rstd[k]);
+      if constexpr (kCenter) v = v + all<V>(shared);
       if (dtotal != nullptr) v = v + load<C>(dtotal + i, which);
       store<C>(dx + k * features + i, v, which);
     });

@@ -298,7 +298,9 @@ class Case {
         m += x[at(i)] / N;
         most_x = std::max(most_x, std::fabs(x[at(i)]));
       }
-      if (!center_) m = 0;
+      Real correction = 0;  // at a large mean, long double alone is not enough for float64
+      for (int64_t i = 0; i < features_; ++i) correction += (x[at(i)] - m) / N;
+      m = center_ ? m + correction : 0;
       for (int64_t i = 0; i < features_; ++i) {
         square += (x[at(i)] - m) * (x[at(i)] - m);
       }
