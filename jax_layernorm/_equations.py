@@ -137,12 +137,16 @@ def forward(
     spec: NormSpec,
     with_moments: bool,
     fence: Fence = lambda mean: mean,
+    pilot: int = 1,
 ) -> Forward:
     """The norm of `x`, or of `residual + x`.
 
     `scale`, `bias` and `mask` broadcast against `x`. `fence` is put around the first
     mean: the identity, or `lax.optimization_barrier` where the compiler would
-    otherwise compute it again for every use (`_kernels/xla.py` says where).
+    otherwise compute it again for every use (`_kernels/xla.py` says where). With a
+    `pilot` of n the first mean is of the first n-th of each row alone, which spares a
+    pass over `x`. The correction makes good for it, at no cost in accuracy: a part of a
+    row has a mean within sqrt(n) standard deviations of the row's.
     """
     total = None
     if residual is not None:
@@ -154,7 +158,13 @@ def forward(
     c = keep(x.astype(compute))
     mean = mean_low = None
     if spec.center:
-        mean = fence(_mean_for_subtraction(c, count, spec.axes))
+        if pilot > 1 and mask is None and x.shape[-1] >= 2 * pilot and -1 in spec.axes:
+            part = lax.slice_in_dim(c, 0, x.shape[-1] // pilot, axis=-1)
+        else:
+            part = c
+        mean = fence(
+            _mean_for_subtraction(part, _count(part, mask, spec.axes), spec.axes)
+        )
         c = keep(c - mean)
         mean_low = _mean_for_subtraction(c, count, spec.axes)
     square = jnp.sum(c * c, spec.axes, keepdims=True)

@@ -11,6 +11,7 @@ import oracle
 import pytest
 
 import jax_layernorm as jln
+from jax_layernorm import _equations
 
 pytestmark = pytest.mark.usefixtures("strict_promotion")
 
@@ -422,3 +423,17 @@ def test_masked_nan_and_inf_leave_the_rest_of_their_row_right(function, bad):
     oracle.assert_close(rstd, expected.rstd)
     oracle.assert_close(dx, expected.dx, against=expected.dx_size)
     oracle.assert_close(dparams["scale"], expected.dscale, summed=4)
+
+
+@pytest.mark.parametrize("offset", (0.0, 1e2, 1e4, 1e6))
+def test_the_mean_of_a_pilot_costs_no_accuracy(offset):
+    """As on TPU; the first row's first sixteenth differs as much as it can."""
+    x = np.random.default_rng(0).normal(size=(8, 512)) + offset
+    x[0] = offset + 1e-3 * (x[0] - offset)
+    x[0, :32] += 4
+    x = jnp.asarray(x, jnp.float32)
+    spec = _equations.NormSpec(True, (-1,), 1e-6, 0.0, jnp.dtype(jnp.float32))
+    out = _equations.forward(
+        x, None, None, None, None, spec=spec, with_moments=True, pilot=16
+    )
+    oracle.assert_close(out.y, oracle.norm(x).y)
