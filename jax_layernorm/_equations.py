@@ -166,7 +166,9 @@ def forward(
             _mean_for_subtraction(part, _count(part, mask, spec.axes), spec.axes)
         )
         c = keep(c - mean)
-        mean_low = _mean_for_subtraction(c, count, spec.axes)
+        # Twice half the mean, which has the same bits: a factor 1/N that two sums share
+        # XLA for CPU would keep in memory, once for each element of x.
+        mean_low = 2 * _mean_for_subtraction(c, 2 * _at_least_one(count), spec.axes)
     square = jnp.sum(c * c, spec.axes, keepdims=True)
     if mean_low is not None:
         square = _without_mean(square, mean_low, count)
@@ -290,8 +292,11 @@ def _without_mean(
     square: Float[Array, "*stats"], mean: Float[Array, "*stats"], count: Any
 ) -> Float[Array, "*stats"]:
     """sum((c - mean)**2), given sum(c * c) and the mean of c."""
-    less = jnp.maximum(square - _at_least_one(count) * mean * mean, 0)
-    return jnp.where(square == jnp.inf, square, less)  # where inf - inf would be NaN
+    # No more than can be subtracted from inf without a NaN.
+    most = float(jnp.finfo(square.dtype).max)
+    return jnp.maximum(
+        square - jnp.minimum(_at_least_one(count) * mean * mean, most), 0
+    )
 
 
 def _at_least_one(count: Any) -> Any:
