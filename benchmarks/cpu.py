@@ -41,7 +41,7 @@ PROGRAMS = ("forward", "joint", "add", "add joint")
 CPU_SHAPES = (
     "gpt2", "gpt3-6.7b", "bert-large", "pairs", "decode", "one-token", "wide", "uneven",
 )  # fmt: skip
-PAUSE = 0.004  # seconds; torch's threads spin for about one
+PAUSE = 0.004  # seconds; torch's threads spin for about a millisecond
 
 
 def jax_programs(norm: peers.Norm) -> dict[str, Callable[..., Any]]:
@@ -268,6 +268,7 @@ def plot(results: list[dict[str, Any]], where: dict[str, Any], path: str) -> Non
             axis.bar(at, heights, 0.8 / len(names), label=name, align="edge")
         axis.axhline(1, color="black", linewidth=1)
         axis.set_yscale("log")
+        axis.set_ylim(0.25, 70)
         axis.set_yticks(
             [0.5, 1, 2, 5, 10, 20, 50], ["½", "1", "2", "5", "10", "20", "50"]
         )
