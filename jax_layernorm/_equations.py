@@ -292,11 +292,11 @@ def _without_mean(
     square: Float[Array, "*stats"], mean: Float[Array, "*stats"], count: Any
 ) -> Float[Array, "*stats"]:
     """sum((c - mean)**2), given sum(c * c) and the mean of c."""
-    # No more than can be subtracted from inf without a NaN.
-    most = float(jnp.finfo(square.dtype).max)
-    return jnp.maximum(
-        square - jnp.minimum(_at_least_one(count) * mean * mean, most), 0
-    )
+    # No more than can be subtracted from inf without a NaN. Arrays, not scalars: jet's
+    # rules for max and min take both operands to be of one shape.
+    most = jnp.full_like(square, float(jnp.finfo(square.dtype).max))
+    excess = jnp.minimum(_at_least_one(count) * mean * mean, most)
+    return jnp.maximum(square - excess, jnp.zeros_like(square))
 
 
 def _at_least_one(count: Any) -> Any:
