@@ -61,23 +61,47 @@ namespace internal {
 
 // What the threads share. It outlives the call that made it, held by tasks that a busy
 // pool gets to late; those find no chunk left and touch nothing else.
+//
+// Each thread has a run of chunks of its own and then helps with the others': were all to
+// claim from one run, they would wait for each other at each page of a new result, which
+// the kernel gives at the first write (with huge pages, after clearing 2 MiB).
 struct Chunks {
-  int64_t count;
-  std::function<void(int64_t, Scratch&)> body;  // refers to the caller's variables
-  std::atomic<int64_t> next{0};
+  struct alignas(64) Run {  // a line of the cache
+    int64_t end;
+    std::atomic<int64_t> next;
+  };
+
+  const int64_t count, workers;
+  const std::function<void(int64_t, Scratch&)> body;  // refers to the caller's variables
+  const std::unique_ptr<Run[]> runs;
+  std::atomic<int64_t> started{0};
   std::atomic<int64_t> done{0};
   std::atomic<bool> out_of_memory{false};
   std::mutex mutex;
   std::condition_variable all_done;
 
+  template <class Body>
+  Chunks(int64_t count, int64_t workers, const Body& body)
+      : count(count), workers(workers), body(std::cref(body)), runs(new Run[workers]) {
+    for (int64_t i = 0; i < workers; ++i) {
+      runs[i].next.store(count * i / workers, std::memory_order_relaxed);
+      runs[i].end = count * (i + 1) / workers;
+    }
+  }
+
   void work() {
     Scratch& scratch = Scratch::of_this_thread();
+    const int64_t first = started.fetch_add(1, std::memory_order_relaxed);
     int64_t own = 0;
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count; ++own) {
-      try {
-        body(i, scratch);
-      } catch (const std::bad_alloc&) {
-        out_of_memory.store(true, std::memory_order_relaxed);
+    for (int64_t k = 0; k < workers; ++k) {
+      Run& run = runs[(first + k) % workers];
+      for (int64_t i;
+           (i = run.next.fetch_add(1, std::memory_order_relaxed)) < run.end; ++own) {
+        try {
+          body(i, scratch);
+        } catch (const std::bad_alloc&) {
+          out_of_memory.store(true, std::memory_order_relaxed);
+        }
       }
     }
     if (own != 0) scratch.shrink();
@@ -120,9 +144,7 @@ bool parallel_for(Pool& pool, int64_t chunks, int64_t helpers, const Body& body)
     }
     return true;
   }
-  auto shared = std::make_shared<internal::Chunks>();
-  shared->count = chunks;
-  shared->body = std::cref(body);
+  auto shared = std::make_shared<internal::Chunks>(chunks, helpers + 1, body);
   for (int64_t i = 0; i < helpers; ++i) {
     pool.schedule([shared] { shared->work(); });
   }
