@@ -59,7 +59,7 @@ class LayerNorm(nn.LayerNorm):
       >>> norm = jln.linen.LayerNorm()
       >>> x = jnp.array([[1.0, 2.0, 3.0, 6.0]])
       >>> variables = norm.init(jax.random.key(0), x)
-      >>> print(norm.apply(variables, x))
+      >>> print(norm.apply(variables, x).round(3))
       [[-1.069 -0.535  0.     1.604]]
 
     References:

@@ -57,7 +57,7 @@ class LayerNorm(nnx.LayerNorm):
       >>> from flax import nnx
       >>> import jax_layernorm as jln
       >>> norm = jln.nnx.LayerNorm(4, rngs=nnx.Rngs(0))
-      >>> print(norm(jnp.array([[1.0, 2.0, 3.0, 6.0]])))
+      >>> print(norm(jnp.array([[1.0, 2.0, 3.0, 6.0]])).round(3))
       [[-1.069 -0.535  0.     1.604]]
 
     References:
