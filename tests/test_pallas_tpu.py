@@ -22,7 +22,7 @@ from jax_layernorm._kernels import _tpu_blocks, pallas_tpu
 FUNCTIONS = (jln.layer_norm, jln.rms_norm)
 DTYPES = ("float32", "bfloat16")
 OFFSETS = (1e2, 1e6)
-SHAPES = ((1, 128), (37, 64), (300, 128), (130, 768), (21, 1000), (50, 2304))
+SHAPES = ((1, 128), (37, 64), (300, 128), (90, 256), (130, 768), (21, 1000), (50, 2304))
 """One of each kind of block; ragged and odd ones."""
 
 
@@ -156,8 +156,9 @@ def test_residual_is_added_in_both_passes(features, dtype, interpreted):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_statistics_are_right(dtype, interpreted):
-    params, x, *_ = draw((300, 384), offset=100, dtype=dtype)
+@pytest.mark.parametrize("features", (128, 256, 384))
+def test_statistics_are_right(features, dtype, interpreted):
+    params, x, *_ = draw((300, features), offset=100, dtype=dtype)
     run = functools.partial(
         jln.layer_norm, return_statistics=True, implementation="pallas_tpu"
     )
@@ -170,7 +171,7 @@ def test_statistics_are_right(dtype, interpreted):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("features", (256, 768, 2304))
+@pytest.mark.parametrize("features", (128, 256, 768, 2304))
 def test_a_row_of_nan_stays_alone_and_a_constant_one_is_the_bias(
     features, dtype, interpreted
 ):
@@ -183,6 +184,15 @@ def test_a_row_of_nan_stays_alone_and_a_constant_one_is_the_bias(
         assert rows[3].all() and not np.delete(rows, 3, 0).any()
     for row in (4, 5):
         np.testing.assert_array_equal(y[row], params["bias"].astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("features", (128, 2304))
+def test_epsilon_may_be_0(features, dtype, interpreted):
+    """Also where rows past the end have no variance."""
+    params, x, _, dy, _ = draw((37, features), dtype=dtype)
+    out = value_and_gradients(jln.layer_norm, params, x, dy, epsilon=0.0)
+    assert_right(out, params, x, dy, epsilon=0.0)
 
 
 @pytest.mark.parametrize("features", (256, 2304))
