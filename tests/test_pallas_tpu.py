@@ -252,7 +252,7 @@ def test_both_passes_lower_to_one_kernel_each(shape, dtype, x64):
     ("shape", "dtype", "reason"),
     (
         ((8, 128), "float16", "x has the dtype float16"),
-        ((8, 65536), "float32", "more than 32768"),
+        ((8, 65536), "float32", "more than the 32768"),
         ((0, 128), "float32", "x is empty"),
     ),
 )
@@ -262,6 +262,25 @@ def test_what_it_cannot_run_is_told_at_lowering(shape, dtype, reason):
     with pytest.raises(NotImplementedError, match=reason):
         lowered(norm, x)
     assert kernels_of(lowered(functools.partial(jln.layer_norm, {}), x)) == []
+
+
+@pytest.mark.parametrize(
+    ("features", "kernels"), ((128, 2), (2048, 2), (1000, 0), (24576, 0))
+)
+def test_it_is_the_default_where_it_is_measured(features, kernels):
+    x = jax.ShapeDtypeStruct((64, features), "bfloat16")
+    params = {"scale": jax.ShapeDtypeStruct((features,), "float32")}
+
+    def run(params, x, dy):
+        y, pullback = jax.vjp(jln.layer_norm, params, x)
+        return y, pullback(dy)
+
+    dy = jax.eval_shape(jln.layer_norm, params, x)
+    assert len(kernels_of(lowered(run, params, x, dy))) == kernels
+    choice = jln.explain(params, x)["tpu"]
+    assert choice.implementation == ("pallas_tpu" if kernels else "xla")
+    if not kernels:
+        assert "by its name only" in choice.reasons["pallas_tpu"]
 
 
 def test_one_exported_program_holds_what_each_platform_runs():

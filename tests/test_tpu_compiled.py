@@ -4,6 +4,7 @@ Needs the `libtpu` wheel, which `make compiled` installs. One process at a time 
 that compiler, so these run in one.
 """
 
+import itertools
 import math
 import pathlib
 import sys
@@ -28,6 +29,14 @@ CASES = [
     ("v5p", "8192x5120", "bfloat16"),
     ("v7x", "8192x4096", "float32"),
 ]
+WIDTHS = (
+    64, 128, 256, 384, 640, 768, 1000, 1024, 1152, 1536, 2048, 2304, 3072, 4096, 4608,
+    5120, 6144, 7168, 8192, 12288, 16384, 19584, 24576, 32768,
+)  # fmt: skip
+TOO_WIDE = {
+    24576: [("add backward", "float32")],
+    32768: [(name, "float32") for name in ("backward", "add forward", "add backward")],
+}
 
 
 @pytest.mark.parametrize("name", tpu_kernels.FLOORS)
@@ -43,3 +52,24 @@ def test_each_array_crosses_memory_once(generation, shape, dtype, name):
     floor = tpu_kernels.FLOORS[name] * array
     assert floor <= moved <= 1.001 * floor + small
     assert compiled.memory_analysis().temp_size_in_bytes <= array / 64
+
+
+@pytest.mark.parametrize("features", WIDTHS)
+def test_whatever_it_takes_compiles(features):
+    """On the chip with the least fast memory; blocks of every kind, and ragged ones."""
+    device = compilers.device("tpu", "v5e")
+    refused = []
+    cases = itertools.product(
+        (1, 40, 4097), tpu_kernels.FLOORS, ("bfloat16", "float32")
+    )
+    for rows, name, dtype in cases:
+        made = tpu_kernels.program(
+            name, "pallas_tpu", shapes.Shape(rows, features), dtype
+        )
+        try:
+            hlo = compilers.compile_for("tpu", device, *made).as_text()
+        except NotImplementedError as error:
+            refused.append((name, dtype, "fit into fast memory" in str(error)))
+        else:
+            assert "tpu_custom_call" in hlo, (rows, name, dtype)
+    assert refused == 3 * [(*case, True) for case in TOO_WIDE.get(features, [])]

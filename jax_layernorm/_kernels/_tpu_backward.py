@@ -51,12 +51,13 @@ def backward(
 ) -> tuple[Any, Any, Any]:
     """`dx`, and `dscale` and `dbias` as (1, features) of float32 or None."""
     rows, features = x.shape
+    given: Moments | None = moments
     if x.dtype != jnp.float32:  # see the accuracy notes in `pallas_tpu`
-        moments = moments._replace(mean_low=None)
+        given = moments._replace(mean_low=None)
     whole = [a.dtype.itemsize for a in (x, dy, dtotal, x) if a is not None]
     steps_of_a_block: dict[str, int] = {"step": STEP}
     if _tpu_blocks.is_narrow(features) and x.dtype == jnp.bfloat16:
-        moments = Moments(None, None, None)  # computed again
+        given = None  # computed again
         steps_of_a_block = {"step": NARROW_STEP, "unroll": NARROW_UNROLL}
     cut = _tpu_blocks.blocks(rows, features, whole, **steps_of_a_block)
     count = pl.cdiv(rows, cut.rows)
@@ -93,7 +94,7 @@ def backward(
             (x, row_spec),
             (dy, row_spec),
             (dtotal, row_spec),
-            (moments, jax.tree.map(lambda _: moment_spec, moments)),
+            (given, jax.tree.map(lambda _: moment_spec, given)),
             (scale, parameter_spec),
         ],
         outputs=[
@@ -138,7 +139,7 @@ def _backward_kernel(
     x_ref: Any,
     dy_ref: Any,
     dtotal_ref: Any,
-    moments_ref: Moments,
+    moments_ref: Moments | None,
     scale_ref: Any,
     dx_ref: Any,
     dscale_ref: Any,

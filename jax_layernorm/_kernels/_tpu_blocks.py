@@ -17,7 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
+from jax_layernorm._kernels.pallas_tpu import LANES, MIN_ROWS
+
 SUBLANES = 8
 CORES = 2
 """Parts of the backward pass that may run side by side: some chips have two cores."""
@@ -25,8 +26,6 @@ BLOCK_BYTES = 1 << 20
 """Of one operand: long enough a transfer for full bandwidth, small enough to overlap."""
 VMEM_BYTES = 12 << 20
 """For all blocks, each twice (one is computed on while the other moves): of 16 MiB."""
-MIN_ROWS = 16
-"""Two rows of bfloat16 share a sublane."""
 NARROW = 256
 """Features up to which a sum along the lanes, for each few registers, costs so much that
 sums as products of matrices, and statistics taken again, are faster."""

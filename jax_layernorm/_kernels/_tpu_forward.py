@@ -97,8 +97,8 @@ def _forward_kernel(
     def step(first: Any, rows: Any) -> None:
         x = x_ref[rows, :]
         if residual_ref is not None:
-            terms = (ref[rows, :].astype(jnp.float32) for ref in (residual_ref, x_ref))
-            x = sum(terms).astype(total_ref.dtype)
+            total = residual_ref[rows, :].astype(jnp.float32) + x.astype(jnp.float32)
+            x = total.astype(total_ref.dtype)
             total_ref[rows, :] = x
         c, moments = centered(x, spec)
         y = c * moments.rstd
@@ -110,7 +110,7 @@ def _forward_kernel(
         if moments_ref is not None:
             at = pl.multiple_of(offset + first, blocks.step)
             kept = [m[:, :LANES] for m, ref in zip(moments, moments_ref, strict=True)
-                    if ref is not None]  # fmt: skip
+                    if m is not None and ref is not None]  # fmt: skip
             columns_ref[pl.ds(at, blocks.step), :] = _tpu_blocks.lanes(
                 kept, blocks.step
             )
