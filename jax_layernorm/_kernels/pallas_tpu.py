@@ -38,7 +38,8 @@ MIN_ROWS = 16
 FAST_BYTES = 12 << 20
 """For the smallest blocks: of 16 MiB of fast memory."""
 WIDEST = 32768
-WIDEST_MEASURED = 16384
+MEASURED = range(1024, 8192 + 1)
+"""Features with which decoders gain: `benchmarks/tpu_layers.py`."""
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -80,12 +81,12 @@ def unsupported(problem: Problem) -> str | None:
 
 def not_default(problem: Problem) -> str | None:
     features = _rows(problem).features
-    if features % LANES or features > WIDEST_MEASURED:
-        return (
-            f"by its name only: it is measured for rows of a multiple of {LANES}"
-            f" elements, up to {WIDEST_MEASURED}, and here they have {features}"
-        )
-    return None
+    if features % LANES == 0 and features in MEASURED:
+        return None
+    return (
+        f"by its name only: it is measured in decoders of {MEASURED.start} to"
+        f" {MEASURED.stop - 1} features, multiples of {LANES}, and here are {features}"
+    )
 
 
 def forward(problem: Problem) -> Callable[..., _equations.Forward]:
