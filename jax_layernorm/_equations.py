@@ -158,7 +158,7 @@ def forward(
     c = keep(x.astype(compute))
     mean = mean_low = None
     if spec.center:
-        if pilot > 1 and mask is None and x.shape[-1] >= pilot and -1 in spec.axes:
+        if pilot > 1 and mask is None and x.shape[-1] >= 2 * pilot and -1 in spec.axes:
             part = lax.slice_in_dim(c, 0, x.shape[-1] // pilot, axis=-1)
         else:
             part = c
