@@ -47,11 +47,16 @@ def keep_to_the_host() -> None:
 
 def device(platform: str, generation: str) -> Any:
     """A device to compile for; it cannot run anything unless it is the host."""
+    return devices(platform, generation)[0]
+
+
+def devices(platform: str, generation: str) -> list[Any]:
+    """Those of a small system of that kind."""
     import jax
     from jax.experimental import topologies
 
     if platform == "cpu":
-        return jax.devices("cpu")[0]
+        return jax.devices("cpu")
     if platform == "tpu":
         topology = topologies.get_topology_desc(
             platform="tpu", topology_name=TPU_TOPOLOGY[generation]
@@ -61,7 +66,7 @@ def device(platform: str, generation: str) -> Any:
         topology = topologies.get_topology_desc(
             "", platform="cuda", target_config=target.read_text(), topology="1x1x1"
         )
-    return topology.devices[0]
+    return list(topology.devices)
 
 
 def compile_for(platform: str, device: Any, function: Any, arguments: Any) -> Any:

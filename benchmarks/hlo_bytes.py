@@ -25,24 +25,33 @@ _STARTS = {"copy-start", "slice-start", "async-start"}
 _INSTRUCTION = re.compile(r"\s*(?:ROOT )?%([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 
 
-def total(hlo: str) -> int:
-    """Bytes of one run of the program `compiled.as_text()`."""
-    computations = _computations(hlo)
-    return _of(computations["ENTRY"], computations)
+def total(hlo: str, trips: int = 1) -> int:
+    """Bytes of one run of the program `compiled.as_text()`.
+
+    Args:
+      trips: how often a loop runs of which the program does not tell, as for TPU.
+    """
+    named = computations(hlo)
+    return _of(named["ENTRY"], named, trips)
 
 
 def kernels(hlo: str) -> list[tuple[str, int]]:
     """Name and bytes of each instruction that the entry computation executes."""
-    computations = _computations(hlo)
-    return list(_instructions(computations["ENTRY"], computations))
+    named = computations(hlo)
+    return list(_instructions(named["ENTRY"], named, 1))
 
 
-def _of(lines: list[str], computations: dict[str, list[str]]) -> int:
-    return sum(nbytes for _, nbytes in _instructions(lines, computations))
+def loop_trips(while_instruction: str, otherwise: int) -> int:
+    found = re.search(r'known_trip_count":\{"n":"(\d+)"', while_instruction)
+    return int(found.group(1)) if found else otherwise
+
+
+def _of(lines: list[str], computations: dict[str, list[str]], trips: int) -> int:
+    return sum(nbytes for _, nbytes in _instructions(lines, computations, trips))
 
 
 def _instructions(
-    lines: list[str], computations: dict[str, list[str]]
+    lines: list[str], computations: dict[str, list[str]], trips: int
 ) -> Iterator[tuple[str, int]]:
     types: dict[str, str] = {}
     for line in lines:
@@ -57,9 +66,8 @@ def _instructions(
         called = re.findall(r"(?:body|to_apply|calls)=%([\w.\-]+)", attributes)
         read = [types.get(o, "") for o in dict.fromkeys(_names(operands))]
         if op in ("while", "call", "conditional"):
-            inside = sum(_of(computations[c], computations) for c in called)
-            trips = re.search(r'known_trip_count":\{"n":"(\d+)"', attributes)
-            yield name, inside * (int(trips.group(1)) if trips else 1)
+            inside = sum(_of(computations[c], computations, trips) for c in called)
+            yield name, inside * (loop_trips(attributes, trips) if op == "while" else 1)
         elif op in _STARTS:  # the result is (source, destination, context), or reversed
             moved = min(_sizes(result, everywhere=True)[:2])
             yield name, sum(moved for size in _sizes(result)[:2] if size)
@@ -143,7 +151,8 @@ def _sizes(type_: str, *, everywhere: bool = False) -> list[int]:
     return sizes
 
 
-def _computations(hlo: str) -> dict[str, list[str]]:
+def computations(hlo: str) -> dict[str, list[str]]:
+    """The lines of each computation by its name, of the entry one by `ENTRY`."""
     found: dict[str, list[str]] = {}
     body: list[str] | None = None
     for line in hlo.splitlines():

@@ -77,9 +77,25 @@ def block(norm: Norm, shape: Shape, dtype: Any) -> Program:
     return Program(run, (params_of(features), w1, w2, h, h))
 
 
-def layers(norm: Norm, shape: Shape, dtype: Any) -> Program:
-    """Sequences of 1024; weights stacked along the layers."""
-    features, length = shape.features, 1024
+def decoder(
+    norm: Norm,
+    add_norm: Any,
+    shape: Shape,
+    dtype: Any,
+    *,
+    layers: int | None = LAYERS,
+    remat: bool = False,
+) -> Program:
+    """Sequences of up to 2048; weights stacked along the layers, which are scanned.
+
+    Args:
+      norm: of a layer's first norm, and of the second.
+      add_norm: `(params, branch, stream) -> y, stream`, for the second; None: the sum
+        is not fused with the norm.
+      layers: None for one layer, not scanned.
+      remat: whether the backward pass computes a layer again.
+    """
+    features, length = shape.features, min(shape.rows, 2048)
     batch, heads = shape.rows // length, features // HEAD
 
     def layer(h: jax.Array, w: Any) -> tuple[jax.Array, None]:
@@ -87,26 +103,40 @@ def layers(norm: Norm, shape: Shape, dtype: Any) -> Program:
         q, k, v = jnp.split(a @ w["qkv"], 3, -1)
         q, k, v = (t.reshape(batch, length, heads, HEAD) for t in (q, k, v))
         mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
-        h = h + mixed.reshape(h.shape) @ w["out"]
-        return h + jax.nn.relu(norm(w["ln2"], h) @ w["up"]) @ w["down"], None
+        branch = mixed.reshape(h.shape) @ w["out"]
+        if add_norm is None:
+            h = h + branch
+            m = norm(w["ln2"], h)
+        else:
+            m, h = add_norm(w["ln2"], branch, h)
+        return h + jax.nn.relu(m @ w["up"]) @ w["down"], None
+
+    one = jax.checkpoint(layer) if remat else layer
 
     def run(weights: Any, h: jax.Array, dout: jax.Array) -> Any:
         def out(weights: Any, h: jax.Array) -> jax.Array:
-            return jax.lax.scan(layer, h, weights)[0]
+            if layers is None:
+                return one(h, weights)[0]
+            return jax.lax.scan(one, h, weights)[0]
 
         value, vjp = jax.vjp(out, weights, h)
         return value, vjp(dout)
 
+    stack = () if layers is None else (layers,)
     h = abstract((batch, length, features), dtype)
     weights = {
-        "ln1": params_of(features, LAYERS),
-        "ln2": params_of(features, LAYERS),
-        "qkv": abstract((LAYERS, features, 3 * features), dtype),
-        "out": abstract((LAYERS, features, features), dtype),
-        "up": abstract((LAYERS, features, WIDEN * features), dtype),
-        "down": abstract((LAYERS, WIDEN * features, features), dtype),
+        "ln1": params_of(features, *stack),
+        "ln2": params_of(features, *stack),
+        "qkv": abstract((*stack, features, 3 * features), dtype),
+        "out": abstract((*stack, features, features), dtype),
+        "up": abstract((*stack, features, WIDEN * features), dtype),
+        "down": abstract((*stack, WIDEN * features, features), dtype),
     }
     return Program(run, (weights, h, h))
+
+
+def layers(norm: Norm, shape: Shape, dtype: Any) -> Program:
+    return decoder(norm, None, shape, dtype)
 
 
 PROGRAMS = {

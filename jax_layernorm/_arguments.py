@@ -51,6 +51,12 @@ def _as_array(name: str, value: Any) -> Any:
             f"{name} must be a JAX or NumPy array; got a NumPy masked array, whose mask"
             " would be lost. Pass its data, and its mask as `mask`."
         )
+    if isinstance(value, np.ndarray) and not value.dtype.isnative:
+        raise TypeError(
+            f"{name} must have this machine's byte order; got dtype"
+            f" {value.dtype.str!r}. Convert it first, with"
+            f" {name}.astype({name}.dtype.newbyteorder('='))."
+        )
     if isinstance(value, np.ndarray):
         return jnp.asarray(value) if value.dtype.kind in "fiubcV" else value
     if hasattr(value, "__jax_array__"):  # a flax.nnx Variable, say

@@ -27,6 +27,12 @@ BAD_X = [
     ("None", None, TypeError, "must be a JAX or NumPy array"),
     ("a torch tensor", Foreign(), TypeError, "x.detach().numpy()"),
     ("a masked array", np.ma.ones((2, 8)), TypeError, "mask"),
+    (
+        "the other byte order",
+        np.ones((2, 8), np.dtype("f4").newbyteorder()),
+        TypeError,
+        "byte order",
+    ),
     ("an array of objects", np.array(["a"], object), TypeError, "got dtype object"),
     ("integers", jnp.ones((2, 8), int), TypeError, "got dtype int32"),
     ("NumPy integers", np.ones((2, 8), int), TypeError, "got dtype int"),

@@ -22,7 +22,7 @@ from jax_layernorm._kernels import _tpu_blocks, pallas_tpu
 FUNCTIONS = (jln.layer_norm, jln.rms_norm)
 DTYPES = ("float32", "bfloat16")
 OFFSETS = (1e2, 1e6)
-SHAPES = ((1, 128), (37, 64), (300, 128), (130, 768), (21, 1000), (50, 2304))
+SHAPES = ((1, 128), (37, 64), (300, 128), (90, 256), (130, 768), (21, 1000), (50, 2304))
 """One of each kind of block; ragged and odd ones."""
 
 
@@ -156,8 +156,9 @@ def test_residual_is_added_in_both_passes(features, dtype, interpreted):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_statistics_are_right(dtype, interpreted):
-    params, x, *_ = draw((300, 384), offset=100, dtype=dtype)
+@pytest.mark.parametrize("features", (128, 256, 384))
+def test_statistics_are_right(features, dtype, interpreted):
+    params, x, *_ = draw((300, features), offset=100, dtype=dtype)
     run = functools.partial(
         jln.layer_norm, return_statistics=True, implementation="pallas_tpu"
     )
@@ -170,7 +171,7 @@ def test_statistics_are_right(dtype, interpreted):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("features", (256, 768, 2304))
+@pytest.mark.parametrize("features", (128, 256, 768, 2304))
 def test_a_row_of_nan_stays_alone_and_a_constant_one_is_the_bias(
     features, dtype, interpreted
 ):
@@ -183,6 +184,15 @@ def test_a_row_of_nan_stays_alone_and_a_constant_one_is_the_bias(
         assert rows[3].all() and not np.delete(rows, 3, 0).any()
     for row in (4, 5):
         np.testing.assert_array_equal(y[row], params["bias"].astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("features", (128, 2304))
+def test_epsilon_may_be_0(features, dtype, interpreted):
+    """Also where rows past the end have no variance."""
+    params, x, _, dy, _ = draw((37, features), dtype=dtype)
+    out = value_and_gradients(jln.layer_norm, params, x, dy, epsilon=0.0)
+    assert_right(out, params, x, dy, epsilon=0.0)
 
 
 @pytest.mark.parametrize("features", (256, 2304))
@@ -242,7 +252,7 @@ def test_both_passes_lower_to_one_kernel_each(shape, dtype, x64):
     ("shape", "dtype", "reason"),
     (
         ((8, 128), "float16", "x has the dtype float16"),
-        ((8, 65536), "float32", "more than 32768"),
+        ((8, 65536), "float32", "more than the 32768"),
         ((0, 128), "float32", "x is empty"),
     ),
 )
@@ -252,6 +262,25 @@ def test_what_it_cannot_run_is_told_at_lowering(shape, dtype, reason):
     with pytest.raises(NotImplementedError, match=reason):
         lowered(norm, x)
     assert kernels_of(lowered(functools.partial(jln.layer_norm, {}), x)) == []
+
+
+@pytest.mark.parametrize(
+    ("features", "kernels"), ((1024, 2), (4096, 2), (768, 0), (1100, 0), (5120, 0))
+)
+def test_it_is_the_default_where_it_is_measured(features, kernels):
+    x = jax.ShapeDtypeStruct((64, features), "bfloat16")
+    params = {"scale": jax.ShapeDtypeStruct((features,), "float32")}
+
+    def run(params, x, dy):
+        y, pullback = jax.vjp(jln.layer_norm, params, x)
+        return y, pullback(dy)
+
+    dy = jax.eval_shape(jln.layer_norm, params, x)
+    assert len(kernels_of(lowered(run, params, x, dy))) == kernels
+    choice = jln.explain(params, x)["tpu"]
+    assert choice.implementation == ("pallas_tpu" if kernels else "xla")
+    if not kernels:
+        assert "by its name only" in choice.reasons["pallas_tpu"]
 
 
 def test_one_exported_program_holds_what_each_platform_runs():

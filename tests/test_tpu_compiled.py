@@ -4,12 +4,21 @@ Needs the `libtpu` wheel, which `make compiled` installs. One process at a time 
 that compiler, so these run in one.
 """
 
+import functools
+import itertools
 import math
 import pathlib
+import re
 import sys
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import jax_layernorm as jln
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 compilers = pytest.importorskip("benchmarks.compilers", reason="no benchmarks here")
@@ -28,6 +37,14 @@ CASES = [
     ("v5p", "8192x5120", "bfloat16"),
     ("v7x", "8192x4096", "float32"),
 ]
+WIDTHS = (
+    64, 128, 256, 384, 640, 768, 1000, 1024, 1152, 1536, 2048, 2304, 3072, 4096, 4608,
+    5120, 6144, 7168, 8192, 12288, 16384, 19584, 24576, 32768,
+)  # fmt: skip
+TOO_WIDE = {
+    24576: [("add backward", "float32")],
+    32768: [(name, "float32") for name in ("backward", "add forward", "add backward")],
+}
 
 
 @pytest.mark.parametrize("name", tpu_kernels.FLOORS)
@@ -43,3 +60,76 @@ def test_each_array_crosses_memory_once(generation, shape, dtype, name):
     floor = tpu_kernels.FLOORS[name] * array
     assert floor <= moved <= 1.001 * floor + small
     assert compiled.memory_analysis().temp_size_in_bytes <= array / 64
+
+
+@pytest.mark.parametrize("features", WIDTHS)
+def test_whatever_it_takes_compiles(features):
+    """On the chip with the least fast memory; blocks of every kind, and ragged ones."""
+    device = compilers.device("tpu", "v5e")
+    refused = []
+    cases = itertools.product(
+        (1, 40, 4097), tpu_kernels.FLOORS, ("bfloat16", "float32")
+    )
+    for rows, name, dtype in cases:
+        shape = shapes.Shape(rows, features)
+        try:
+            made = tpu_kernels.program(name, "pallas_tpu", shape, dtype)
+            hlo = compilers.compile_for("tpu", device, *made).as_text()
+        except NotImplementedError as error:
+            refused.append((name, dtype, "fit into fast memory" in str(error)))
+        else:
+            assert "tpu_custom_call" in hlo, (rows, name, dtype)
+    assert refused == 3 * [(*case, True) for case in TOO_WIDE.get(features, [])]
+
+
+LAYOUTS = {  # of x and of the parameters over two by two chips
+    "batch": (P("data"), P(None)),
+    "features": (P(None, "model"), P("model")),
+    "both": (P("data", "model"), P("model")),
+}
+SPLIT = {  # collectives of both passes together; and kernels
+    (AxisType.Auto, "batch"): (1, 0),
+    (AxisType.Auto, "features"): (3, 0),
+    (AxisType.Auto, "both"): (4, 0),
+    (AxisType.Explicit, "batch"): (1, 2),
+    (AxisType.Explicit, "features"): (2, 0),
+    (AxisType.Explicit, "both"): (3, 0),
+    ("shard_map", "batch"): (1, 2),
+    ("shard_map", "features"): (2, 0),
+    ("shard_map", "both"): (3, 0),
+}
+
+
+@pytest.mark.parametrize(("kind", "layout"), SPLIT)
+def test_split_over_four_chips(kind, layout):
+    chips = np.array(compilers.devices("tpu", "v5e")).reshape(2, 2)
+    types = (AxisType.Explicit if kind == AxisType.Explicit else AxisType.Auto,) * 2
+    mesh = jax.sharding.Mesh(chips, ("data", "model"), axis_types=types)
+    of_x, of_params = LAYOUTS[layout]
+    norm = jln.layer_norm
+    if kind == "shard_map":
+        if layout != "batch":
+            norm = functools.partial(norm, axis_name="model")
+        norm = jax.shard_map(
+            norm, mesh=mesh, in_specs=(of_params, of_x), out_specs=of_x
+        )
+
+    def run(params, x, dy):
+        y, pullback = jax.vjp(norm, params, x)
+        return y, pullback(dy)
+
+    def struct(shape, dtype, spec):
+        return jax.ShapeDtypeStruct(
+            shape, dtype, sharding=jax.sharding.NamedSharding(mesh, spec)
+        )
+
+    x = struct((2048, 1024), "float32", of_x)
+    params = dict.fromkeys(("scale", "bias"), struct((1024,), "float32", of_params))
+    with jax.set_mesh(mesh):
+        traced = jax.jit(run).trace(params, x, x)
+        text = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+    collectives = re.findall(
+        r" (all-reduce|all-gather|reduce-scatter)(?:-start)?\(", text
+    )
+    kernels = re.findall(r"%layer_norm_\w+[\w.]* = ", text)
+    assert (len(collectives), len(kernels)) == SPLIT[kind, layout], collectives

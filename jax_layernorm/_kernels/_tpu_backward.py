@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jax_layernorm._equations import Moments, NormSpec
-from jax_layernorm._kernels import _tpu_blocks
+from jax_layernorm._kernels import _tpu_blocks, _tpu_forward
 from jax_layernorm._kernels._tpu_blocks import (
     CORES,
     LANES,
@@ -25,6 +25,8 @@ STEP = 1 << 17
 """Elements that are computed on at once: more arrays than forward, fewer elements."""
 WIDEST_IN_REGISTERS = 2048
 """Features up to which a row is kept in registers, and not gone through twice."""
+NARROW_STEP, NARROW_UNROLL = 1 << 16, 8
+"""For narrow rows of bfloat16."""
 
 
 class RowSums(NamedTuple):
@@ -49,10 +51,15 @@ def backward(
 ) -> tuple[Any, Any, Any]:
     """`dx`, and `dscale` and `dbias` as (1, features) of float32 or None."""
     rows, features = x.shape
+    given: Moments | None = moments
     if x.dtype != jnp.float32:  # see the accuracy notes in `pallas_tpu`
-        moments = moments._replace(mean_low=None)
+        given = moments._replace(mean_low=None)
     whole = [a.dtype.itemsize for a in (x, dy, dtotal, x) if a is not None]
-    cut = _tpu_blocks.blocks(rows, features, whole, STEP)
+    steps_of_a_block: dict[str, int] = {"step": STEP}
+    if _tpu_blocks.is_narrow(features) and x.dtype == jnp.bfloat16:
+        given = None  # computed again
+        steps_of_a_block = {"step": NARROW_STEP, "unroll": NARROW_UNROLL}
+    cut = _tpu_blocks.blocks(rows, features, whole, **steps_of_a_block)
     count = pl.cdiv(rows, cut.rows)
     steps = pl.cdiv(count, min(CORES, count))
     cores = pl.cdiv(count, steps)
@@ -87,7 +94,7 @@ def backward(
             (x, row_spec),
             (dy, row_spec),
             (dtotal, row_spec),
-            (moments, jax.tree.map(lambda _: moment_spec, moments)),
+            (given, jax.tree.map(lambda _: moment_spec, given)),
             (scale, parameter_spec),
         ],
         outputs=[
@@ -132,7 +139,7 @@ def _backward_kernel(
     x_ref: Any,
     dy_ref: Any,
     dtotal_ref: Any,
-    moments_ref: Moments,
+    moments_ref: Moments | None,
     scale_ref: Any,
     dx_ref: Any,
     dscale_ref: Any,
@@ -152,14 +159,19 @@ def _backward_kernel(
     given = jax.tree.leaves(moments_ref)
 
     def run(block: Any) -> None:
-        _tpu_blocks.read_statistics(given, columns_ref)
         offset = blocks.offset(block)
+        if given:
+            _tpu_blocks.read_statistics(given, columns_ref)
 
         def step(first: Any, here: Any) -> None:
-            x = x_ref[here, :].astype(jnp.float32)
             dy = dy_ref[here, :].astype(jnp.float32)
-            at = pl.ds(pl.multiple_of(offset + first, blocks.step), blocks.step)
-            statistics = [columns_ref[at, k : k + 1] for k in range(len(given))]
+            if given:
+                x = x_ref[here, :].astype(jnp.float32)
+                at = pl.ds(pl.multiple_of(offset + first, blocks.step), blocks.step)
+                statistics = [columns_ref[at, k : k + 1] for k in range(len(given))]
+            else:
+                x, moments = _tpu_forward.centered(x_ref[here, :], spec)
+                statistics = [moments.rstd]
             if rows % blocks.rows:
                 # Rows past the end hold anything, NaN too: select, do not multiply.
                 exists = _exists(block, blocks, first, blocks.step, rows)
@@ -175,8 +187,10 @@ def _backward_kernel(
             if gamma is not None:
                 g, g_x_hat = g * gamma, g_x_hat * gamma
             dx = g - x_hat * (jnp.sum(g_x_hat, 1, keepdims=True) * share)
-            if spec.center:
+            if spec.center and given:
                 dx = dx - jnp.sum(g, 1, keepdims=True) * share
+            elif spec.center:
+                dx = dx - _tpu_blocks.mean_by_product(g)
             dx = dx * rstd
             if dtotal_ref is not None:
                 dx = dx + dtotal_ref[here, :].astype(jnp.float32)

@@ -17,7 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
+from jax_layernorm._kernels.pallas_tpu import LANES, MIN_ROWS
+
 SUBLANES = 8
 CORES = 2
 """Parts of the backward pass that may run side by side: some chips have two cores."""
@@ -25,8 +26,9 @@ BLOCK_BYTES = 1 << 20
 """Of one operand: long enough a transfer for full bandwidth, small enough to overlap."""
 VMEM_BYTES = 12 << 20
 """For all blocks, each twice (one is computed on while the other moves): of 16 MiB."""
-MIN_ROWS = 16
-"""Two rows of bfloat16 share a sublane."""
+NARROW = 256
+"""Features up to which a sum along the lanes, for each few registers, costs so much that
+sums as products of matrices, and statistics taken again, are faster."""
 
 
 class Blocks(NamedTuple):
@@ -61,12 +63,15 @@ class Blocks(NamedTuple):
         return lax.rem(block, jnp.int32(self.shared)) * self.rows
 
 
-def blocks(rows: int, features: int, itemsizes: Sequence[int], step: int) -> Blocks:
+def blocks(
+    rows: int, features: int, itemsizes: Sequence[int], step: int, unroll: int = 2
+) -> Blocks:
     """About `BLOCK_BYTES` per operand; a divisor of `rows` where there is one.
 
     Args:
       itemsizes: of the operands and results of whole rows.
       step: elements to compute on at once, at the most.
+      unroll: steps to write out, at the most.
     """
     width = round_up(features, LANES)
     fit = min(
@@ -80,9 +85,8 @@ def blocks(rows: int, features: int, itemsizes: Sequence[int], step: int) -> Blo
     while block > LANES and rows % block and rows % LANES == 0:
         block //= 2
     at_once = power_of_two(min(block, max(MIN_ROWS, step // width)))
-    even = (block // at_once) % 2 == 0
-    unroll = 2 if even and at_once * width <= 1 << 18 else 1
-    return Blocks(block, at_once, unroll, max(1, LANES // block))
+    written_out = min(unroll, block // at_once) if at_once * width <= 1 << 18 else 1
+    return Blocks(block, at_once, written_out, max(1, LANES // block))
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -92,6 +96,30 @@ def round_up(n: int, multiple: int) -> int:
 def power_of_two(n: int) -> int:
     """The largest one that is not above `n`."""
     return 1 << (n.bit_length() - 1)
+
+
+def is_narrow(features: int) -> bool:
+    return features <= NARROW and features % LANES == 0
+
+
+def mean_by_product(values: Any) -> Any:
+    """The mean of each row, in every lane of it: `values @ full(1 / features)`.
+
+    The matrix unit multiplies bfloat16 and adds in float32. Values in float32 are split
+    into two words, 16 bits in all; the rest is left out.
+    """
+    features = values.shape[1]
+    if values.dtype == jnp.float32:
+        bits = lax.bitcast_convert_type(values, jnp.int32) & ~0xFFFF
+        high = lax.bitcast_convert_type(bits, jnp.float32)
+        values = jnp.concatenate([high, values - high], 1)
+    share = jnp.full((values.shape[1], features), 1 / features, values.dtype)
+    return jnp.dot(
+        values,
+        share,
+        precision=lax.Precision.DEFAULT,
+        preferred_element_type=jnp.float32,
+    )
 
 
 def in_steps(blocks: Blocks, body: Callable[[Any, Any], None]) -> None:

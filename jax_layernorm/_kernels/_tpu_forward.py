@@ -95,15 +95,12 @@ def _forward_kernel(
     offset = pl.program_id(1) * blocks.rows if shared > 1 else 0
 
     def step(first: Any, rows: Any) -> None:
-        x = x_ref[rows, :].astype(jnp.float32)
-        dtype = x_ref.dtype
+        x = x_ref[rows, :]
         if residual_ref is not None:
-            total = (residual_ref[rows, :].astype(jnp.float32) + x).astype(
-                total_ref.dtype
-            )
-            total_ref[rows, :] = total
-            x, dtype = total.astype(jnp.float32), total_ref.dtype
-        c, moments = _centered(x, dtype, spec)
+            total = residual_ref[rows, :].astype(jnp.float32) + x.astype(jnp.float32)
+            x = total.astype(total_ref.dtype)
+            total_ref[rows, :] = x
+        c, moments = centered(x, spec)
         y = c * moments.rstd
         if gamma is not None:
             y = y * gamma
@@ -112,8 +109,8 @@ def _forward_kernel(
         y_ref[rows, :] = y.astype(y_ref.dtype)
         if moments_ref is not None:
             at = pl.multiple_of(offset + first, blocks.step)
-            kept = [m for m, ref in zip(moments, moments_ref, strict=True)
-                    if ref is not None]  # fmt: skip
+            kept = [m[:, :LANES] for m, ref in zip(moments, moments_ref, strict=True)
+                    if m is not None and ref is not None]  # fmt: skip
             columns_ref[pl.ds(at, blocks.step), :] = _tpu_blocks.lanes(
                 kept, blocks.step
             )
@@ -129,14 +126,24 @@ def _forward_kernel(
             write()
 
 
-def _centered(x: Any, dtype: Any, spec: NormSpec) -> tuple[Any, Moments]:
-    """The deviations from the mean, and the moments, each (rows, 1)."""
+def centered(x: Any, spec: NormSpec) -> tuple[Any, Moments]:
+    """The deviations from the mean, in float32, and the moments.
+
+    These are (rows, 1), or have the same in several lanes.
+    """
+    stored, x = x, x.astype(jnp.float32)
     if not spec.center:
         return x, Moments(None, None, lax.rsqrt(_mean(x * x) + spec.epsilon))
-    # In half precision any number near the mean will do for a first one, since the
-    # second is in float32: the mean of some columns takes fewer operations.
-    half = dtype != jnp.float32 and x.shape[1] > LANES
-    rough = _mean(x[:, :LANES] if half else x)
+    half = stored.dtype != jnp.float32
+    if _tpu_blocks.is_narrow(x.shape[1]):
+        rough = _tpu_blocks.mean_by_product(stored)
+        if half:  # of so few numbers of 8 bits each, the sum is as good as exact
+            c = x - rough
+            return c, Moments(rough, None, lax.rsqrt(_mean(c * c) + spec.epsilon))
+    else:
+        # In half precision any number near the mean will do for a first one, since the
+        # second is in float32: the mean of some columns takes fewer operations.
+        rough = _mean(x[:, :LANES] if half else x)
     c = x - rough
     correction = _mean(c)
     rstd = lax.rsqrt(_corrected(_mean(c * c), correction) + spec.epsilon)

@@ -11,7 +11,7 @@ Numerics: float32, the corrected two-pass formula of `_equations`. Of bfloat16 t
 word of the mean is not read backward: what bfloat16 can hold of a deviation is larger.
 `dscale` and `dbias` are summed in a fixed order.
 
-Limits: bfloat16 and float32; whole rows of up to `WIDEST` features; one row of
+Limits: bfloat16 and float32; rows of which `MIN_ROWS` fit into fast memory; one row of
 parameters, so that the backward pass under `jax.vmap`, where each example has gradients
 of its own, is the XLA form's. A row whose plain sum overflows, beyond 1e38 / features,
 is NaN.
@@ -32,7 +32,14 @@ from jax_layernorm._kernels._rows import Rows, as_rows
 
 platforms = ("tpu",)
 DTYPES = ("bfloat16", "float32")
+LANES = 128
+MIN_ROWS = 16
+"""Two rows of bfloat16 share a sublane."""
+FAST_BYTES = 12 << 20
+"""For the smallest blocks: of 16 MiB of fast memory."""
 WIDEST = 32768
+MEASURED = range(1024, 4096 + 1)
+"""Features with which decoders gain over the XLA form: `benchmarks/tpu_layers.py`."""
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -42,28 +49,43 @@ def unsupported(problem: Problem) -> str | None:
     if isinstance(rows, str):
         return rows
     spec = problem.static["spec"]
-    whole: dict[str, Any] = {"x": problem.operands[0], "y": spec}
+    x = problem.operands[0]
+    whole: dict[str, Any] = {"x": x}
     if problem.op == "layer_norm_forward":
-        whole["residual"] = problem.operands[1]
+        whole |= {"y": spec, "residual": problem.operands[1]}
     else:
-        *_, dtotal, dmean, drstd = problem.operands
-        whole["dtotal"] = dtotal
+        *_, dy, dtotal, dmean, drstd = problem.operands
         if dmean is not None or drstd is not None:
             return "the statistics have cotangents"
+        whole |= {"dy": dy, "dtotal": dtotal, "dx": x}
+    whole = {name: array for name, array in whole.items() if array is not None}
     for name, array in whole.items():
-        if array is not None and array.dtype.name not in DTYPES:
+        if array.dtype.name not in DTYPES:
             return f"{name} has the dtype {array.dtype.name}, not bfloat16 or float32"
     if any(groups not in (None, 1) for groups in rows[2:]):
         return "there are parameters of their own for some rows"
-    if rows.features > WIDEST:
-        return f"a row has {rows.features} elements, more than {WIDEST}"
+    itemsizes = [array.dtype.itemsize for array in whole.values()]
+    if "residual" in whole:
+        itemsizes.append(max(itemsizes))  # that of the sum
+    # Each block twice: one moves while the other is computed on; backward, of wide rows
+    # also two arrays of float32.
+    needed = 2 * sum(itemsizes) + 8 * ("dx" in whole)
+    widest = FAST_BYTES // (MIN_ROWS * needed) // LANES * LANES
+    if rows.features > min(widest, WIDEST):
+        return (
+            f"a row has {rows.features} elements, more than the {min(widest, WIDEST)} of"
+            " which blocks fit into fast memory"
+        )
     return None
 
 
 def not_default(problem: Problem) -> str | None:
-    del problem
+    features = _rows(problem).features
+    if features % LANES == 0 and features in MEASURED:
+        return None
     return (
-        "by its name only: no benchmark of whole programs has shown yet where it wins"
+        f"by its name only: it is measured in decoders of {MEASURED.start} to"
+        f" {MEASURED.stop - 1} features, multiples of {LANES}, and here are {features}"
     )
 
 
