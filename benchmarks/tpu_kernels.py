@@ -104,7 +104,7 @@ def plot(path: str, results: list[dict[str, Any]]) -> None:
                     "o", label=generation)  # fmt: skip
         ax.axhline(1, color="grey", linewidth=1)
         ax.set_title(" ".join(panel), loc="left", fontsize=9)
-        ax.set_ylim(0)
+        ax.set_ylim(0, 1.1 * ax.dataLim.y1)
     axes[0, 0].legend(ncols=5, fontsize=8)
     figure.supylabel("scheduled cycles over the memory roofline")
     figure.tight_layout()
