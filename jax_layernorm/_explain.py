@@ -81,7 +81,7 @@ def explain(
       >>> import jax_layernorm as jln
       >>> x = jax.ShapeDtypeStruct((8192, 4096), "bfloat16")
       >>> jln.explain({}, x)["tpu"].implementation
-      'xla'
+      'pallas_tpu'
     """
     if function is None:
         added = residual is not None
