@@ -77,7 +77,7 @@ def measure(
         "norm": norm,
         "shape": str(shape),
         "dtype": jnp.dtype(dtype).name,
-        "bytes": hlo_bytes.total(hlo),
+        "bytes": hlo_bytes.total(hlo, programs.LAYERS),
         "temp": compiled.memory_analysis().temp_size_in_bytes,
         "kernels": hlo_bytes.kernels(hlo),
     }

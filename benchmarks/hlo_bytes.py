@@ -3,7 +3,7 @@
 Each operand and result of every executed instruction is counted once: of a fusion, a
 library call or a copy; of an array that a kernel only slices, or updates in place, the
 part. What a kernel reads twice counts once, what the compiler keeps in fast memory
-(`S(1)`, TPU) not at all, and the body of a loop as often as it runs.
+(`S(1)`, TPU) not at all, and the body of a loop as often as it runs, where that is told.
 XLA's own `cost_analysis` sees no custom kernel, and counts a loop's body once.
 """
 

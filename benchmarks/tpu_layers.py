@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 import subprocess
 import sys
@@ -105,11 +106,8 @@ def cycles_of(hlo: str, kernels: dict[str, float], elements: int) -> float:
 def whole_arrays(line: str, elements: int) -> int:
     """Operands and results of a kernel that are of the size of x."""
     text = re.split(r"custom_call_target|, metadata", line)[0]
-    shapes_ = re.findall(r"\w+\[([\d,]+)\]", text)
-    return sum(
-        functools.reduce(lambda n, m: n * int(m), dims.split(","), 1) == elements
-        for dims in shapes_
-    )
+    found = re.findall(r"\w+\[([\d,]+)\]", text)
+    return sum(math.prod(map(int, dims.split(","))) == elements for dims in found)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -55,11 +55,11 @@ def backward(
     if x.dtype != jnp.float32:  # see the accuracy notes in `pallas_tpu`
         given = moments._replace(mean_low=None)
     whole = [a.dtype.itemsize for a in (x, dy, dtotal, x) if a is not None]
-    steps_of_a_block: dict[str, int] = {"step": STEP}
     if _tpu_blocks.is_narrow(features) and x.dtype == jnp.bfloat16:
         given = None  # computed again
-        steps_of_a_block = {"step": NARROW_STEP, "unroll": NARROW_UNROLL}
-    cut = _tpu_blocks.blocks(rows, features, whole, **steps_of_a_block)
+        cut = _tpu_blocks.blocks(rows, features, whole, NARROW_STEP, NARROW_UNROLL)
+    else:
+        cut = _tpu_blocks.blocks(rows, features, whole, STEP)
     count = pl.cdiv(rows, cut.rows)
     steps = pl.cdiv(count, min(CORES, count))
     cores = pl.cdiv(count, steps)

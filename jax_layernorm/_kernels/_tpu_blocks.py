@@ -17,15 +17,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jax_layernorm._kernels.pallas_tpu import LANES, MIN_ROWS
+from jax_layernorm._kernels.pallas_tpu import LANES, MIN_ROWS, VMEM_BYTES
 
 SUBLANES = 8
 CORES = 2
 """Parts of the backward pass that may run side by side: some chips have two cores."""
 BLOCK_BYTES = 1 << 20
 """Of one operand: long enough a transfer for full bandwidth, small enough to overlap."""
-VMEM_BYTES = 12 << 20
-"""For all blocks, each twice (one is computed on while the other moves): of 16 MiB."""
 NARROW = 256
 """Features up to which a sum along the lanes, for each few registers, costs so much that
 sums as products of matrices, and statistics taken again, are faster."""

@@ -35,8 +35,8 @@ DTYPES = ("bfloat16", "float32")
 LANES = 128
 MIN_ROWS = 16
 """Two rows of bfloat16 share a sublane."""
-FAST_BYTES = 12 << 20
-"""For the smallest blocks: of 16 MiB of fast memory."""
+VMEM_BYTES = 12 << 20
+"""For all blocks, each twice (one is computed on while the other moves): of 16 MiB."""
 WIDEST = 32768
 MEASURED = range(1024, 4096 + 1)
 """Features with which decoders gain over the XLA form: `benchmarks/tpu_layers.py`."""
@@ -67,10 +67,9 @@ def unsupported(problem: Problem) -> str | None:
     itemsizes = [array.dtype.itemsize for array in whole.values()]
     if "residual" in whole:
         itemsizes.append(max(itemsizes))  # that of the sum
-    # Each block twice: one moves while the other is computed on; backward, of wide rows
-    # also two arrays of float32.
+    # Each block twice; backward, of wide rows, two arrays of float32 besides.
     needed = 2 * sum(itemsizes) + 8 * ("dx" in whole)
-    widest = FAST_BYTES // (MIN_ROWS * needed) // LANES * LANES
+    widest = VMEM_BYTES // (MIN_ROWS * needed) // LANES * LANES
     if rows.features > min(widest, WIDEST):
         return (
             f"a row has {rows.features} elements, more than the {min(widest, WIDEST)} of"
