@@ -23,17 +23,14 @@ from jax_layernorm._kernels._tpu_blocks import (
 
 STEP = 1 << 17
 """Elements that are computed on at once: more arrays than forward, fewer elements."""
-WIDEST_IN_REGISTERS = 2048
-"""Features up to which a row is kept in registers, and not gone through twice."""
-NARROW_STEP, NARROW_UNROLL = 1 << 16, 8
-"""For narrow rows of bfloat16."""
+TILE_REGISTERS = 64
+"""Registers of float32 that a tile of a wider row has of each array."""
 
 
 class RowSums(NamedTuple):
     """Scratch of the kernel for wide rows; statistics in every lane."""
 
-    mean: Any
-    rstd: Any
+    given: Moments
     g: Any
     g_x_hat: Any
 
@@ -55,11 +52,9 @@ def backward(
     if x.dtype != jnp.float32:  # see the accuracy notes in `pallas_tpu`
         given = moments._replace(mean_low=None)
     whole = [a.dtype.itemsize for a in (x, dy, dtotal, x) if a is not None]
-    if _tpu_blocks.is_narrow(features) and x.dtype == jnp.bfloat16:
-        given = None  # computed again
-        cut = _tpu_blocks.blocks(rows, features, whole, NARROW_STEP, NARROW_UNROLL)
-    else:
-        cut = _tpu_blocks.blocks(rows, features, whole, STEP)
+    if _tpu_blocks.is_narrow(features):
+        given = Moments(None, None, moments.rstd)  # deviations are computed again
+    cut = _tpu_blocks.blocks(rows, features, whole, STEP, backward=True)
     count = pl.cdiv(rows, cut.rows)
     steps = pl.cdiv(count, min(CORES, count))
     cores = pl.cdiv(count, steps)
@@ -76,13 +71,13 @@ def backward(
     parameter_spec = pl.BlockSpec((1, features), lambda i, j: (0, 0))
     sum_spec = pl.BlockSpec((1, SUBLANES, features), lambda i, j: (i, 0, 0))
     sums = jax.ShapeDtypeStruct((cores, SUBLANES, features), jnp.float32)
-    wide = features > WIDEST_IN_REGISTERS and features % LANES == 0
-    a_lane = pltpu.VMEM((cut.span, LANES), jnp.float32)
-    scratch = [a_lane]
+    wide = _tpu_blocks.is_wide(features)
+    scratch: list[Any] = []
     if wide:
         per_row = pltpu.VMEM((cut.rows, LANES), jnp.float32)
+        kept = jax.tree.map(lambda _: per_row, given)
         row = pltpu.VMEM((cut.rows, features), jnp.float32)
-        scratch += [RowSums(per_row, per_row, per_row, per_row), row, row]
+        scratch = [RowSums(kept, per_row, per_row), row, row]
     kernel = _wide_kernel if wide else _backward_kernel
     dx, dscale, dbias = _tpu_blocks.call(
         functools.partial(
@@ -139,12 +134,11 @@ def _backward_kernel(
     x_ref: Any,
     dy_ref: Any,
     dtotal_ref: Any,
-    moments_ref: Moments | None,
+    moments_ref: Moments,
     scale_ref: Any,
     dx_ref: Any,
     dscale_ref: Any,
     dbias_ref: Any,
-    columns_ref: Any,
     *,
     spec: NormSpec,
     blocks: Blocks,
@@ -156,22 +150,27 @@ def _backward_kernel(
     features = x_ref.shape[1]
     share = 1 / features
     gamma = None if scale_ref is None else scale_ref[...] + spec.scale_offset
+    gamma_share = share if gamma is None else gamma * share
     given = jax.tree.leaves(moments_ref)
+    narrow = _tpu_blocks.is_narrow(features)
+    means_of_g = None
+    if narrow and dy_ref.dtype == jnp.bfloat16:
+        shares = jnp.broadcast_to(gamma_share, (features, features))
+        high = shares.astype(jnp.bfloat16)
+        low = (shares - high.astype(jnp.float32)).astype(jnp.bfloat16)
+        means_of_g = jnp.concatenate([high, low], 1)
 
     def run(block: Any) -> None:
         offset = blocks.offset(block)
-        if given:
-            _tpu_blocks.read_statistics(given, columns_ref)
 
         def step(first: Any, here: Any) -> None:
             dy = dy_ref[here, :].astype(jnp.float32)
-            if given:
-                x = x_ref[here, :].astype(jnp.float32)
-                at = pl.ds(pl.multiple_of(offset + first, blocks.step), blocks.step)
-                statistics = [columns_ref[at, k : k + 1] for k in range(len(given))]
+            if narrow:
+                x, *_ = _tpu_forward.centered(x_ref[here, :], spec)
             else:
-                x, moments = _tpu_forward.centered(x_ref[here, :], spec)
-                statistics = [moments.rstd]
+                x = x_ref[here, :].astype(jnp.float32)
+            of_step = _tpu_blocks.Diagonals(offset + first, blocks.step)
+            statistics = [of_step.read(ref, features) for ref in given]
             if rows % blocks.rows:
                 # Rows past the end hold anything, NaN too: select, do not multiply.
                 exists = _exists(block, blocks, first, blocks.step, rows)
@@ -183,14 +182,17 @@ def _backward_kernel(
                 x = x - mean
             x_hat = x * rstd
             dy_x_hat = dy * x_hat
-            g, g_x_hat = dy, dy_x_hat
-            if gamma is not None:
-                g, g_x_hat = g * gamma, g_x_hat * gamma
-            dx = g - x_hat * (jnp.sum(g_x_hat, 1, keepdims=True) * share)
-            if spec.center and given:
-                dx = dx - jnp.sum(g, 1, keepdims=True) * share
+            g = dy if gamma is None else dy * gamma
+            # `share` is a factor of gamma here, for one multiplication less.
+            dx = g - x_hat * jnp.sum(dy_x_hat * gamma_share, 1, keepdims=True)
+            if spec.center and means_of_g is not None:
+                dx = dx - _tpu_blocks.product(
+                    jnp.concatenate([dy_ref[here, :]] * 2, 1),
+                    means_of_g,
+                    transposed=True,
+                )
             elif spec.center:
-                dx = dx - _tpu_blocks.mean_by_product(g)
+                dx = dx - jnp.sum(g, 1, keepdims=True) * share
             dx = dx * rstd
             if dtotal_ref is not None:
                 dx = dx + dtotal_ref[here, :].astype(jnp.float32)
@@ -214,7 +216,6 @@ def _wide_kernel(
     dx_ref: Any,
     dscale_ref: Any,
     dbias_ref: Any,
-    columns_ref: Any,
     sums_ref: RowSums,
     g_ref: Any,
     x_hat_ref: Any,
@@ -227,22 +228,19 @@ def _wide_kernel(
 ) -> None:
     """Rows that do not: two passes over tiles of columns, `g` and `x_hat` in between."""
     share = 1 / x_ref.shape[1]
-    tiles = _tpu_blocks.tiles(*x_ref.shape)
-    given = jax.tree.leaves(moments_ref)
-
-    def in_every_lane(column: Any) -> Any:
-        return jnp.broadcast_to(column, (column.shape[0], LANES))
+    tiles = _tpu_blocks.tiles(x_ref.shape, TILE_REGISTERS)
+    *means, rstd_ref = jax.tree.leaves(sums_ref.given)
 
     def run(block: Any) -> None:
-        _tpu_blocks.read_statistics(given, columns_ref)
         offset = blocks.offset(block)
-        for first in range(0, blocks.rows, MIN_ROWS):
-            here = pl.ds(first, MIN_ROWS)
-            at = pl.ds(pl.multiple_of(offset + first, MIN_ROWS), MIN_ROWS)
-            if spec.center:
-                sums_ref.mean[here, :] = in_every_lane(columns_ref[at, 0:1])
-            rstd = columns_ref[at, len(given) - 1 : len(given)]
-            sums_ref.rstd[here, :] = in_every_lane(rstd)
+        for first in range(0, blocks.rows, LANES):
+            here = _tpu_blocks.Diagonals(offset + first, min(blocks.rows, LANES))
+            for ref, kept_ref in zip(
+                jax.tree.leaves(moments_ref),
+                jax.tree.leaves(sums_ref.given),
+                strict=True,
+            ):
+                kept_ref[pl.ds(first, here.rows), :] = here.read(ref, LANES)
         for ref in (sums_ref.g, sums_ref.g_x_hat):
             ref[...] = jnp.zeros_like(ref)
 
@@ -255,12 +253,9 @@ def _wide_kernel(
                 here = pl.ds(row + q, SUBLANES)
                 x_hat = tiles.load(x_ref, row + q, column)
                 dy = tiles.load(dy_ref, row + q, column)
-                if spec.center:
-                    x_hat = x_hat - tiles.spread(sums_ref.mean[here, :])
-                if moments_ref.mean_low is not None:
-                    low = columns_ref[pl.ds(offset + row + q, SUBLANES), 1:2]
-                    x_hat = x_hat - tiles.spread(in_every_lane(low))
-                x_hat = x_hat * tiles.spread(sums_ref.rstd[here, :])
+                for ref in means:
+                    x_hat = x_hat - tiles.spread(ref[here, :])
+                x_hat = x_hat * tiles.spread(rstd_ref[here, :])
                 if rows % blocks.rows:
                     # Rows past the end hold anything, NaN too.
                     exists = _exists(block, blocks, row + q, SUBLANES, rows)
@@ -283,7 +278,7 @@ def _wide_kernel(
             for first in range(0, blocks.rows, MIN_ROWS):
                 here = pl.ds(first, MIN_ROWS)
                 total = jnp.sum(ref[here, :], 1, keepdims=True) * share
-                ref[here, :] = in_every_lane(total)
+                ref[here, :] = jnp.broadcast_to(total, (MIN_ROWS, LANES))
 
         def second_pass(row: Any, column: Any) -> None:
             for q in range(0, tiles.rows, SUBLANES):
@@ -293,7 +288,7 @@ def _wide_kernel(
                 if spec.center:
                     dx = dx - tiles.spread(sums_ref.g[here, :])
                 dx = dx - x_hat * tiles.spread(sums_ref.g_x_hat[here, :])
-                dx = dx * tiles.spread(sums_ref.rstd[here, :])
+                dx = dx * tiles.spread(rstd_ref[here, :])
                 if dtotal_ref is not None:
                     dx = dx + tiles.load(dtotal_ref, row + q, column)
                 tiles.store(dx_ref, row + q, column, dx)

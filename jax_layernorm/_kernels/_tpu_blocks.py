@@ -17,16 +17,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jax_layernorm._kernels.pallas_tpu import LANES, MIN_ROWS, VMEM_BYTES
+from jax_layernorm._kernels.pallas_tpu import LANES, MIN_ROWS, rows_that_fit
 
 SUBLANES = 8
 CORES = 2
 """Parts of the backward pass that may run side by side: some chips have two cores."""
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = (4 << 20) // 3
 """Of one operand: long enough a transfer for full bandwidth, small enough to overlap."""
+UNROLL = 4
+"""Steps of a block that are written out one behind the other, at the most."""
 NARROW = 256
 """Features up to which a sum along the lanes, for each few registers, costs so much that
-sums as products of matrices, and statistics taken again, are faster."""
+sums as products of matrices are faster, and deviations taken again than a mean read."""
+WIDEST_IN_REGISTERS = 2048
+"""Features up to which a row is kept in registers, and not gone through in tiles."""
 
 
 class Blocks(NamedTuple):
@@ -62,28 +66,28 @@ class Blocks(NamedTuple):
 
 
 def blocks(
-    rows: int, features: int, itemsizes: Sequence[int], step: int, unroll: int = 2
+    rows: int, features: int, itemsizes: Sequence[int], step: int, backward: bool
 ) -> Blocks:
     """About `BLOCK_BYTES` per operand; a divisor of `rows` where there is one.
 
     Args:
       itemsizes: of the operands and results of whole rows.
       step: elements to compute on at once, at the most.
-      unroll: steps to write out, at the most.
     """
     width = round_up(features, LANES)
     fit = min(
         BLOCK_BYTES // (width * max(itemsizes)),
-        VMEM_BYTES // (2 * width * sum(itemsizes)),
+        rows_that_fit(width, itemsizes, backward),
     )
     block = power_of_two(max(MIN_ROWS, fit))
     while block > LANES and pl.cdiv(rows, block) < 2 * CORES:
         block //= 2  # two blocks a core at least, for transfers to overlap with work
-    block = max(MIN_ROWS, min(block, power_of_two(2 * rows - 1)))
+    least = LANES if is_narrow(features) else MIN_ROWS
+    block = max(least, min(block, power_of_two(2 * rows - 1)))
     while block > LANES and rows % block and rows % LANES == 0:
         block //= 2
     at_once = power_of_two(min(block, max(MIN_ROWS, step // width)))
-    written_out = min(unroll, block // at_once) if at_once * width <= 1 << 18 else 1
+    written_out = min(UNROLL, block // at_once) if at_once * width <= 1 << 18 else 1
     return Blocks(block, at_once, written_out, max(1, LANES // block))
 
 
@@ -100,6 +104,10 @@ def is_narrow(features: int) -> bool:
     return features <= NARROW and features % LANES == 0
 
 
+def is_wide(features: int) -> bool:
+    return features > WIDEST_IN_REGISTERS and features % LANES == 0
+
+
 def mean_by_product(values: Any) -> Any:
     """The mean of each row, in every lane of it: `values @ full(1 / features)`.
 
@@ -112,9 +120,35 @@ def mean_by_product(values: Any) -> Any:
         high = lax.bitcast_convert_type(bits, jnp.float32)
         values = jnp.concatenate([high, values - high], 1)
     share = jnp.full((values.shape[1], features), 1 / features, values.dtype)
-    return jnp.dot(
-        values,
-        share,
+    return product(values, share)
+
+
+def centered_by_product(values: Any) -> Any:
+    """The deviations from the mean of each row, in float32: `values @ (1 - 1/features)`.
+
+    Of bfloat16, which holds 1 - 1/128 as it is.
+    """
+    features = values.shape[1]
+    row = lax.broadcasted_iota(jnp.int32, (features, features), 0)
+    column = lax.broadcasted_iota(jnp.int32, (features, features), 1)
+    shares = jnp.where(row == column, 1 - 1 / features, -1 / features)
+    return product(values, shares.astype(values.dtype))
+
+
+def mean_as_diagonals(values: Any) -> Any:
+    """The mean of each row of bfloat16, for whole 128 rows: `values @ full` transposed."""
+    rows, features = values.shape
+    share = jnp.full((SUBLANES, features), 1 / features, values.dtype)
+    along = product(share, values, transposed=True)
+    return jnp.concatenate([along[:, k : k + LANES] for k in range(0, rows, LANES)], 0)
+
+
+def product(a: Any, b: Any, transposed: bool = False) -> Any:
+    """`a @ b`, or `a @ b.T`, in one pass of the matrix unit: bfloat16, added in float32."""
+    return lax.dot_general(
+        a,
+        b,
+        (((1,), (1 if transposed else 0,)), ((), ())),
         precision=lax.Precision.DEFAULT,
         preferred_element_type=jnp.float32,
     )
@@ -134,36 +168,67 @@ def in_steps(blocks: Blocks, body: Callable[[Any, Any], None]) -> None:
 
 
 # Statistics are arrays (1, rows) in memory: a row after row, where an array (rows, 1)
-# would be padded to 128 lanes. Computing takes them down the sublanes, as (rows, 1). The
-# scratch array `columns` has one for each lane; a transposition leads there and back.
+# would be padded to 128 lanes. Sums along the lanes have them down the sublanes, the same
+# in all lanes: a register for 8 rows. To be computed on many at once, and to be written,
+# each row keeps one lane: of 128 rows, row r in sublane r % 8 and lane r. Of such a
+# diagonal, the other numbers mean nothing.
 
 
-def write_statistics(columns_ref: Any, refs: Sequence[Any]) -> None:
-    """Lane k of `columns` to the k-th of `refs`."""
-    for first in range(0, columns_ref.shape[0], LANES):
-        rows = pl.ds(first, LANES)
-        turned = jnp.transpose(columns_ref[rows, :])
-        for k, ref in enumerate(refs):
-            ref[:, rows] = turned[k : k + 1, :]
+class Diagonals:
+    """Where `rows` rows are that begin at row `first` of a span."""
+
+    def __init__(self, first: Any, rows: int):
+        self.rows = rows
+        self._register = lax.shift_right_logical(jnp.int32(first), jnp.int32(7))
+        within = 0 if rows >= LANES else jnp.int32(first) & (LANES - 1)
+        lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
+        self._lane = lane - within
+        self._row = self._lane - lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
+
+    def gather(self, values: Any) -> Any:
+        """(rows, lanes), the same in all lanes, as a diagonal for each 128 rows."""
+        values = jnp.broadcast_to(values[:, :LANES], (self.rows, LANES))
+        diagonals = []
+        for chunk in range(0, self.rows, LANES):
+            diagonal = values[chunk : chunk + SUBLANES]
+            for row in range(SUBLANES, min(self.rows, LANES), SUBLANES):
+                eight = values[chunk + row : chunk + row + SUBLANES]
+                diagonal = jnp.where(self._row == row, eight, diagonal)
+            diagonals.append(diagonal)
+        return jnp.concatenate(diagonals, 0)
+
+    def read(self, ref: Any, lanes: int) -> Any:
+        """Of (1, rows of a span), these rows down the sublanes, the same in all lanes."""
+        columns = []
+        for k in range(0, self.rows, LANES):
+            start = pl.multiple_of((self._register + k // LANES) * LANES, LANES)
+            diagonal = jnp.broadcast_to(ref[:, pl.ds(start, LANES)], (SUBLANES, LANES))
+            for row in range(0, min(self.rows, LANES), SUBLANES):
+                mine = jnp.where(self._row == row, diagonal, 0.0)
+                column = jnp.sum(mine, 1, keepdims=True)
+                columns.append(jnp.broadcast_to(column, (SUBLANES, lanes)))
+        return jnp.concatenate(columns, 0)
+
+    def store(self, diagonals: Any, ref: Any) -> None:
+        """Keeps diagonals in those of a span."""
+        start = pl.multiple_of(self._register * SUBLANES, SUBLANES)
+        here = pl.ds(start, diagonals.shape[0])
+        if self.rows < LANES:
+            mine = (self._lane >= 0) & (self._lane < self.rows)
+            diagonals = jnp.where(mine, diagonals, ref[here, :])
+        ref[here, :] = diagonals
 
 
-def read_statistics(refs: Sequence[Any], columns_ref: Any) -> None:
-    """The k-th of `refs` to lane k of `columns`."""
-    for first in range(0, columns_ref.shape[0], LANES):
-        rows = pl.ds(first, LANES)
-        stacked = [ref[:, rows] for ref in refs]
-        stacked.append(jnp.zeros((SUBLANES - len(refs), LANES), jnp.float32))
-        turned = jnp.transpose(jnp.concatenate(stacked, 0))
-        columns_ref[rows, 0:SUBLANES] = turned
-
-
-def lanes(values: Sequence[Any], rows: int) -> Any:
-    """The k-th of several (rows, 1) in lane k of one (rows, 128)."""
-    lane = lax.broadcasted_iota(jnp.int32, (rows, LANES), 1)
-    merged = jnp.broadcast_to(values[0], (rows, LANES))
-    for k, value in enumerate(values[1:], 1):
-        merged = jnp.where(lane == k, value, merged)
-    return merged
+def write_statistics(diagonals_ref: Any, ref: Any) -> None:
+    """The diagonals of a span, as (1, rows)."""
+    lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
+    sublane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
+    mine = (lane & (SUBLANES - 1)) == sublane
+    for k in range(ref.shape[1] // LANES):
+        diagonal = diagonals_ref[pl.ds(k * SUBLANES, SUBLANES), :]
+        ref[:, pl.ds(k * LANES, LANES)] = jnp.sum(
+            jnp.where(mine, diagonal, 0.0), 0, keepdims=True
+        )
 
 
 class Tiles(NamedTuple):
@@ -222,14 +287,15 @@ class Tiles(NamedTuple):
         return parts[0]
 
 
-def tiles(block_rows: int, features: int) -> Tiles:
-    """About 64 registers a tile, an even number of them across where `features` allows.
+def tiles(block: tuple[int, int], registers: int) -> Tiles:
+    """About so many registers a tile, an even number across where `features` allows.
 
     A register of bfloat16 holds 8 rows by 256 columns.
     """
+    block_rows, features = block
     across = features // LANES
     rows = min(block_rows, LANES)
-    most = min(across, max(2, 64 * SUBLANES // rows))
+    most = min(across, max(2, registers * SUBLANES // rows))
     fitting = [n for n in range(1, most + 1) if across % n == 0]
     even = [n for n in fitting if n % 2 == 0]
     return Tiles(rows, LANES * (even or fitting)[-1], block_rows, features)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,26 @@ from jax.experimental.pallas import tpu as pltpu
 from jax_layernorm import _equations
 from jax_layernorm._equations import Moments, NormSpec
 from jax_layernorm._kernels import _tpu_blocks
-from jax_layernorm._kernels._tpu_blocks import LANES, Blocks
+from jax_layernorm._kernels._tpu_blocks import (
+    LANES,
+    MIN_ROWS,
+    SUBLANES,
+    Blocks,
+    Diagonals,
+)
 
 STEP = 1 << 18
 """Elements that are computed on at once."""
+TILE_REGISTERS = 256
+"""Registers of float32 that a tile of a wider row has. None stays in its register."""
+
+
+class RowSums(NamedTuple):
+    """Scratch of the kernel for wide rows; statistics in every lane."""
+
+    mean: Any
+    correction: Any
+    rstd: Any
 
 
 def forward(
@@ -36,7 +53,7 @@ def forward(
     if residual is not None:
         whole += [(residual.dtype, x), (total_dtype, x)]
     itemsizes = [jnp.dtype(dtype).itemsize for dtype, _ in whole]
-    cut = _tpu_blocks.blocks(rows, features, itemsizes, STEP)
+    cut = _tpu_blocks.blocks(rows, features, itemsizes, STEP, backward=False)
     count = pl.cdiv(rows, cut.rows)
     shared = cut.shared if with_moments else 1
 
@@ -55,9 +72,17 @@ def forward(
         moment if spec.center and low_word else None,
         moment,
     )
+    diagonal = pltpu.VMEM((cut.span // LANES * SUBLANES, LANES), jnp.float32)
     moment_specs = jax.tree.map(lambda _: moment_spec, moments)
+    wide = _tpu_blocks.is_wide(features)
+    scratch: list[Any] = [None]
+    if with_moments:
+        scratch = [jax.tree.map(lambda _: diagonal, moments)]
+    if wide:
+        scratch.append(RowSums(*[pltpu.VMEM((cut.rows, LANES), jnp.float32)] * 3))
+    kernel = _wide_kernel if wide else _forward_kernel
     y, total, moments = _tpu_blocks.call(
-        functools.partial(_forward_kernel, spec=spec, blocks=cut, shared=shared),
+        functools.partial(kernel, spec=spec, blocks=cut, shared=shared),
         "layer_norm_forward",
         grid=(pl.cdiv(count, shared), shared),
         inputs=[
@@ -71,7 +96,7 @@ def forward(
             (None if residual is None else matrix(total_dtype), row_spec),
             (moments, moment_specs) if with_moments else (None, None),
         ],
-        scratch=[pltpu.VMEM((cut.span, LANES), jnp.float32)] if with_moments else [],
+        scratch=scratch,
         flops_per_element=8,
     )
     return y, total, moments
@@ -85,13 +110,14 @@ def _forward_kernel(
     y_ref: Any,
     total_ref: Any,
     moments_ref: Any,
-    columns_ref: Any = None,
+    diagonals_ref: Any,
     *,
     spec: NormSpec,
     blocks: Blocks,
     shared: int,
 ) -> None:
-    gamma = None if scale_ref is None else scale_ref[...] + spec.scale_offset
+    norm = math.sqrt(x_ref.shape[1])
+    gamma = None if scale_ref is None else (scale_ref[...] + spec.scale_offset) * norm
     offset = pl.program_id(1) * blocks.rows if shared > 1 else 0
 
     def step(first: Any, rows: Any) -> None:
@@ -100,71 +126,218 @@ def _forward_kernel(
             total = residual_ref[rows, :].astype(jnp.float32) + x.astype(jnp.float32)
             x = total.astype(total_ref.dtype)
             total_ref[rows, :] = x
-        c, moments = centered(x, spec)
-        y = c * moments.rstd
-        if gamma is not None:
-            y = y * gamma
+        c, r, means = centered(x, spec)
+        y = c * (r * norm) if gamma is None else c * r * gamma
         if bias_ref is not None:
             y = y + bias_ref[...]
         y_ref[rows, :] = y.astype(y_ref.dtype)
         if moments_ref is not None:
-            at = pl.multiple_of(offset + first, blocks.step)
-            kept = [m[:, :LANES] for m, ref in zip(moments, moments_ref, strict=True)
-                    if m is not None and ref is not None]  # fmt: skip
-            columns_ref[pl.ds(at, blocks.step), :] = _tpu_blocks.lanes(
-                kept, blocks.step
-            )
+            diagonals = Diagonals(offset + first, blocks.step)
+            moments = _moments(means, r, norm, diagonals)
+            if spec.center and not means:
+                moments = moments._replace(mean=_tpu_blocks.mean_as_diagonals(x))
+            _store(moments, diagonals, diagonals_ref)
 
     _tpu_blocks.in_steps(blocks, step)
-    if moments_ref is not None:
-        write = functools.partial(
-            _tpu_blocks.write_statistics, columns_ref, jax.tree.leaves(moments_ref)
-        )
-        if shared > 1:
-            pl.when(pl.program_id(1) == shared - 1)(write)
-        else:
-            write()
+    _write(diagonals_ref, moments_ref, shared)
 
 
-def centered(x: Any, spec: NormSpec) -> tuple[Any, Moments]:
-    """The deviations from the mean, in float32, and the moments.
+def _store(moments: Moments, diagonals: Diagonals, refs: Moments) -> None:
+    for moment, ref in zip(moments, refs, strict=True):
+        if ref is not None:
+            diagonals.store(moment, ref)
 
-    These are (rows, 1), or have the same in several lanes.
+
+def _write(diagonals_ref: Any, moments_ref: Any, shared: int) -> None:
+    if moments_ref is None:
+        return
+
+    def write() -> None:
+        jax.tree.map(_tpu_blocks.write_statistics, diagonals_ref, moments_ref)
+
+    if shared > 1:
+        pl.when(pl.program_id(1) == shared - 1)(write)
+    else:
+        write()
+
+
+def _wide_kernel(
+    x_ref: Any,
+    residual_ref: Any,
+    scale_ref: Any,
+    bias_ref: Any,
+    y_ref: Any,
+    total_ref: Any,
+    moments_ref: Any,
+    diagonals_ref: Any,
+    sums_ref: RowSums,
+    *,
+    spec: NormSpec,
+    blocks: Blocks,
+    shared: int,
+) -> None:
+    """Rows that do not fit into registers: passes over tiles of columns."""
+    tiles = _tpu_blocks.tiles(x_ref.shape, TILE_REGISTERS)
+    features = x_ref.shape[1]
+    norm = math.sqrt(features)
+    stored_ref = x_ref if residual_ref is None else total_ref
+    for ref in sums_ref:
+        ref[...] = jnp.zeros_like(ref)
+
+    def in_every_lane(column: Any) -> Any:
+        return jnp.broadcast_to(column, (column.shape[0], LANES))
+
+    def load(row: Any, column: Any) -> Any:
+        if residual_ref is None:
+            return tiles.load(x_ref, row, column)
+        total = tiles.load(residual_ref, row, column) + tiles.load(x_ref, row, column)
+        tiles.store(total_ref, row, column, total)
+        return total.astype(total_ref.dtype).astype(jnp.float32)
+
+    def load_again(row: Any, column: Any) -> Any:
+        return tiles.load(stored_ref, row, column)
+
+    exact_mean = spec.center and stored_ref.dtype == jnp.float32
+    first_load = load_again if exact_mean else load
+
+    def mean_pass(row: Any, column: Any) -> None:
+        for q in range(0, tiles.rows, SUBLANES):
+            here = pl.ds(row + q, SUBLANES)
+            sums_ref.mean[here, :] += tiles.gather(load(row + q, column))
+
+    def square_pass(row: Any, column: Any) -> None:
+        for q in range(0, tiles.rows, SUBLANES):
+            here = pl.ds(row + q, SUBLANES)
+            c = first_load(row + q, column)
+            if spec.center:
+                c = c - tiles.spread(sums_ref.mean[here, :])
+                sums_ref.correction[here, :] += tiles.gather(c)
+            sums_ref.rstd[here, :] += tiles.gather(c * c)
+
+    def write_pass(row: Any, column: Any) -> None:
+        gamma = beta = None
+        if scale_ref is not None:
+            gamma = tiles.parameter(scale_ref, column) + spec.scale_offset
+        if bias_ref is not None:
+            beta = tiles.parameter(bias_ref, column)
+        for q in range(0, tiles.rows, SUBLANES):
+            here = pl.ds(row + q, SUBLANES)
+            y = load_again(row + q, column)
+            if spec.center:
+                y = y - tiles.spread(sums_ref.mean[here, :])
+                if exact_mean:
+                    y = y - tiles.spread(sums_ref.correction[here, :])
+            y = y * tiles.spread(sums_ref.rstd[here, :])
+            if gamma is not None:
+                y = y * gamma
+            if beta is not None:
+                y = y + beta
+            tiles.store(y_ref, row + q, column, y)
+
+    if exact_mean:
+        tiles.each(mean_pass)
+    for first in range(0, blocks.rows if spec.center else 0, MIN_ROWS):
+        here = pl.ds(first, MIN_ROWS)
+        if exact_mean:
+            mean = _sum(sums_ref.mean[here, :]) / features
+        else:  # any number near the mean will do, see `centered`
+            some = x_ref[here, :LANES].astype(jnp.float32)
+            if residual_ref is not None:
+                some = some + residual_ref[here, :LANES].astype(jnp.float32)
+            mean = _mean(some)
+        sums_ref.mean[here, :] = in_every_lane(mean)
+    tiles.each(square_pass)
+    offset = pl.program_id(1) * blocks.rows if shared > 1 else 0
+    for first in range(0, blocks.rows, LANES):
+        n = min(blocks.rows, LANES)
+        here = pl.ds(first, n)
+        squares = _sum(sums_ref.rstd[here, :])
+        total, means = None, ()
+        if spec.center:
+            total = _sum(sums_ref.correction[here, :])
+            rough = sums_ref.mean[here, :]
+            correction = in_every_lane(total / features)
+            means = rough, correction
+            if exact_mean:
+                sums_ref.correction[here, :] = correction
+            else:
+                sums_ref.mean[here, :] = rough + correction
+        r = _rstd_over_norm(squares, total, features, spec)
+        sums_ref.rstd[here, :] = in_every_lane(r * norm)
+        if moments_ref is not None:
+            diagonals = Diagonals(offset + first, n)
+            moments = _moments(means, r, norm, diagonals)
+            _store(moments, diagonals, diagonals_ref)
+    tiles.each(write_pass)
+    _write(diagonals_ref, moments_ref, shared)
+
+
+def centered(x: Any, spec: NormSpec) -> tuple[Any, Any, tuple[Any, ...]]:
+    """`x - mean`, in float32; `rstd / sqrt(features)`; what the mean is the sum of.
+
+    The last is empty where no row's mean came up. The square root is left to a factor
+    that is there anyway: one multiplication less, where a row is a register or two.
     """
+    features = x.shape[1]
     stored, x = x, x.astype(jnp.float32)
     if not spec.center:
-        return x, Moments(None, None, lax.rsqrt(_mean(x * x) + spec.epsilon))
+        return x, _rstd_over_norm(_sum(x * x), None, features, spec), ()
     half = stored.dtype != jnp.float32
-    if _tpu_blocks.is_narrow(x.shape[1]):
+    if _tpu_blocks.is_narrow(features):
+        if half and features == LANES:
+            c = _tpu_blocks.centered_by_product(stored)
+            return c, _rstd_over_norm(_sum(c * c), None, features, spec), ()
         rough = _tpu_blocks.mean_by_product(stored)
         if half:  # of so few numbers of 8 bits each, the sum is as good as exact
             c = x - rough
-            return c, Moments(rough, None, lax.rsqrt(_mean(c * c) + spec.epsilon))
+            return c, _rstd_over_norm(_sum(c * c), None, features, spec), (rough,)
     else:
         # In half precision any number near the mean will do for a first one, since the
         # second is in float32: the mean of some columns takes fewer operations.
         rough = _mean(x[:, :LANES] if half else x)
     c = x - rough
-    correction = _mean(c)
-    rstd = lax.rsqrt(_corrected(_mean(c * c), correction) + spec.epsilon)
-    mean, mean_low = _equations._two_sum(rough, correction)
-    return c - correction, Moments(mean, mean_low, rstd)
+    total = _sum(c)
+    correction = _share(total, features)
+    r = _rstd_over_norm(_sum(c * c), total, features, spec)
+    return c - correction, r, (rough, correction)
+
+
+def _moments(means: Any, r: Any, norm: float, diagonals: Diagonals) -> Moments:
+    """As diagonals; the mean in two words, if it is the sum of two; `rstd = r * norm`."""
+    words: list[Any] = [diagonals.gather(mean) for mean in means]
+    if len(words) == 2:
+        words = list(_equations._two_sum(*words))
+    mean, mean_low = (words + [None, None])[:2]
+    return Moments(mean, mean_low, diagonals.gather(r) * norm)
+
+
+def _sum(x: Any) -> Any:
+    return jnp.sum(x, 1, keepdims=True)
 
 
 def _mean(x: Any) -> Any:
-    """Exact where all of a row is one small multiple of a unit in the last place.
+    return _share(_sum(x), x.shape[1])
 
-    Of a constant row's deviations, that is, so that its `y` is the bias.
+
+def _share(total: Any, features: int) -> Any:
+    """`total / features`, a mean.
+
+    Exact where all of a row is one small multiple of a unit in the last place: of a
+    constant row's deviations, that is, so that its `y` is the bias.
     """
-    features = x.shape[1]
-    total = jnp.sum(x, 1, keepdims=True)
     if features & (features - 1):
         return total / features
     return total * (1 / features)
 
 
-def _corrected(square: Any, correction: Any) -> Any:
-    """The variance, `mean(c * c) - mean(c)**2`; infinite where the squares overflow."""
-    largest = jnp.finfo(jnp.float32).max
-    less = square - jnp.minimum(correction * correction, largest)
-    return jnp.where(less < 0, 0.0, less)  # and NaN stays NaN
+def _rstd_over_norm(squares: Any, total: Any, features: int, spec: NormSpec) -> Any:
+    """`rstd / sqrt(features)`, from the sums of `c * c` and, but where it is 0, of `c`.
+
+    0 where the squares overflow.
+    """
+    if total is not None:
+        largest = jnp.finfo(jnp.float32).max
+        total = total * (1 / math.sqrt(features))
+        less = squares - jnp.minimum(total * total, largest)
+        squares = jnp.where(less < 0, 0.0, less)  # and NaN stays NaN
+    return lax.rsqrt(squares + spec.epsilon * features)
