@@ -50,8 +50,12 @@ class OnTheCpu:
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
-    """The kernels are what `implementation="pallas_tpu"` means here, interpreted."""
+def interpreted(monkeypatch, quick_compilation):
+    """The kernels are what `implementation="pallas_tpu"` means here, interpreted.
+
+    Without XLA's fusions, which take a sum twice, in two orders, where two of them use
+    it: a TPU has one of a kernel's sums.
+    """
     kernel = OnTheCpu()
     monkeypatch.setitem(_kernels.KERNELS, "pallas_tpu", kernel)
     jax.clear_caches()

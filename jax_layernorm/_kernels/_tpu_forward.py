@@ -55,7 +55,7 @@ def forward(
     itemsizes = [jnp.dtype(dtype).itemsize for dtype, _ in whole]
     cut = _tpu_blocks.blocks(rows, features, itemsizes, STEP, backward=False)
     count = pl.cdiv(rows, cut.rows)
-    shared = cut.shared if with_moments else 1
+    shared = min(cut.shared, count) if with_moments else 1
 
     def block(i: Any, j: Any) -> tuple[Any, int]:
         k = i * shared + j
