@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -81,6 +81,17 @@ def ulp_errors(actual: Any, right: np.ndarray, dtype: Any) -> Errors:
     error = np.where(np.isnan(error), np.inf, error).astype(np.float64)
     p99 = np.quantile(error, 0.99, method="higher")  # interpolating, inf gives NaN
     return Errors(float(error.max()), float(p99), float(np.median(error)))
+
+
+def of_results(
+    results: Sequence[Any], right: list[np.ndarray], kinds: Sequence[Any] | None = None
+) -> dict[str, float]:
+    """The largest error of each; `kinds`: their dtypes, where they are not the arrays'."""
+    kinds = [a.dtype for a in results] if kinds is None else kinds
+    return {
+        f"error of {name}": ulp_errors(a, r, kind).max
+        for name, a, r, kind in zip(RESULTS, results, right, kinds, strict=True)
+    }
 
 
 def worst(all_errors: list[Errors]) -> Errors:

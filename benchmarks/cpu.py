@@ -205,14 +205,8 @@ def errors(name: str, program: str, run: Any, right: Any) -> dict[str, Any]:
         kinds = [str(y.dtype).removeprefix("torch.")] * 2 + ["float32"] * 2
     else:
         y, (dparams, dx) = out
-        arrays = [y, dx, dparams["scale"], dparams["bias"]]
-        kinds = [a.dtype for a in arrays]
-    return {
-        f"error of {result}": accuracy.ulp_errors(a, r, kind).max
-        for result, a, r, kind in zip(
-            accuracy.RESULTS, arrays, right, kinds, strict=True
-        )
-    }
+        arrays, kinds = [y, dx, dparams["scale"], dparams["bias"]], None
+    return accuracy.of_results(arrays, right, kinds)
 
 
 def in_process(options: Any, threads: int) -> list[dict[str, Any]]:

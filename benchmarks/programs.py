@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -97,12 +98,13 @@ def decoder(
     """
     features, length = shape.features, min(shape.rows, 2048)
     batch, heads = shape.rows // length, features // HEAD
+    causal = nn.make_causal_mask(jnp.ones((1, length)))
 
     def layer(h: jax.Array, w: Any) -> tuple[jax.Array, None]:
         a = norm(w["ln1"], h)
         q, k, v = jnp.split(a @ w["qkv"], 3, -1)
         q, k, v = (t.reshape(batch, length, heads, HEAD) for t in (q, k, v))
-        mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+        mixed = nn.dot_product_attention(q, k, v, mask=causal)  # as Flax's layers do
         branch = mixed.reshape(h.shape) @ w["out"]
         if add_norm is None:
             h = h + branch
