@@ -9,6 +9,7 @@ layers     a scanned decoder: `LAYERS` pre-norm blocks of attention and of relu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -99,12 +100,14 @@ def decoder(
     features, length = shape.features, min(shape.rows, 2048)
     batch, heads = shape.rows // length, features // HEAD
     causal = nn.make_causal_mask(jnp.ones((1, length)))
+    # Scores are computed again backward, and not kept: as attention kernels do.
+    attention = jax.checkpoint(functools.partial(nn.dot_product_attention, mask=causal))
 
     def layer(h: jax.Array, w: Any) -> tuple[jax.Array, None]:
         a = norm(w["ln1"], h)
         q, k, v = jnp.split(a @ w["qkv"], 3, -1)
         q, k, v = (t.reshape(batch, length, heads, HEAD) for t in (q, k, v))
-        mixed = nn.dot_product_attention(q, k, v, mask=causal)  # as Flax's layers do
+        mixed = attention(q, k, v)
         branch = mixed.reshape(h.shape) @ w["out"]
         if add_norm is None:
             h = h + branch
