@@ -6,6 +6,7 @@ Lowering for a TPU needs none, and shows which implementation a program runs.
 """
 
 import functools
+import math
 import re
 
 import jax
@@ -160,9 +161,10 @@ def test_residual_is_added_in_both_passes(features, dtype, interpreted):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("features", (128, 256, 384))
-def test_statistics_are_right(features, dtype, interpreted):
-    params, x, *_ = draw((300, features), offset=100, dtype=dtype)
+@pytest.mark.parametrize("rows", (5, 300))
+@pytest.mark.parametrize("features", (128, 256, 384, 2304))
+def test_statistics_are_right(features, rows, dtype, interpreted):
+    params, x, *_ = draw((rows, features), offset=100, dtype=dtype)
     run = functools.partial(
         jln.layer_norm, return_statistics=True, implementation="pallas_tpu"
     )
@@ -172,6 +174,21 @@ def test_statistics_are_right(features, dtype, interpreted):
     assert mean.dtype == rstd.dtype == jnp.float32
     oracle.assert_close(mean, expected.mean, against=expected.mean_size)
     oracle.assert_close(rstd, expected.rstd)
+
+
+def test_few_rows_are_computed_once(monkeypatch):
+    """And not again until there are statistics of 128, to fill a register."""
+    grids, call = [], _tpu_blocks.call
+
+    def noted(*args, grid, **options):
+        grids.append(grid)
+        return call(*args, grid=grid, **options)
+
+    monkeypatch.setattr(_tpu_blocks, "call", noted)
+    norm = functools.partial(jln.layer_norm, {}, return_statistics=True)
+    for rows, blocks in ((1, 1), (16, 1), (1024, 8)):
+        lowered(norm, jax.ShapeDtypeStruct((rows, 4096), "bfloat16"))
+        assert math.prod(grids.pop()) == blocks
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
