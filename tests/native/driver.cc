@@ -325,7 +325,11 @@ class Case {
       Real terms = most_g + x_hat_size * (std::fabs(along) + std::fabs(from_rstd));
       if (center_) terms += std::fabs(mean_g) + std::fabs(from_mean) / s;
       for (int64_t i = 0; i < features_; ++i) {
-        Real right = x_hat[i] * gamma[i], size = x_hat_size * std::fabs(gamma[i]);
+        Real gamma_size = std::fabs(gamma[i]);
+        if (scale_groups_ && scale_offset_ != 0 && scale_dtype_ == kFloat64) {
+          gamma_size += 1;  // rounded to the arithmetic's dtype before the sum, near -1
+        }
+        Real right = x_hat[i] * gamma[i], size = x_hat_size * gamma_size;
         if (bias_groups_) {
           const Real shift = bias[r / (rows_ / bias_groups_) * features_ + i];
           right += shift;
