@@ -38,23 +38,18 @@ def keep_schedules() -> None:
     if _directory is not None:
         return
     _directory = pathlib.Path(tempfile.mkdtemp(prefix="tpu_schedules"))
-    flags = [
-        os.environ.get("LIBTPU_INIT_ARGS", ""),
-        f"--xla_jf_dump_to={_directory}/dump",
-        f"--xla_jf_dump_static_llo_profile_to={_directory}/profile",
-    ]
-    os.environ["LIBTPU_INIT_ARGS"] = " ".join(filter(None, flags))
+    flag = f"--xla_jf_dump_static_llo_profile_to={_directory}"
+    os.environ["LIBTPU_INIT_ARGS"] = f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flag}"
 
 
 def of_kernels(build: Callable[[], Any]) -> tuple[Any, dict[str, int]]:
     """What `build` compiles, and the cycles of each instruction of it."""
     assert _directory is not None, "call keep_schedules first"
-    for name in ("dump", "profile"):
-        shutil.rmtree(_directory / name, ignore_errors=True)
-        (_directory / name).mkdir()
+    shutil.rmtree(_directory, ignore_errors=True)
+    _directory.mkdir()
     compiled = build()
     cycles: dict[str, int] = {}
-    for path in sorted(_directory.glob("profile/**/*")):
+    for path in sorted(_directory.glob("**/*")):
         if path.is_file():
             found = re.findall(
                 r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)',
