@@ -65,6 +65,8 @@ def _as_array(name: str, value: Any) -> Any:
     fix = f"Convert it first, with jnp.asarray({name})."
     if kind.__module__.partition(".")[0] == "torch":
         fix = f"Convert it first, with jnp.asarray({name}.detach().numpy())."
+    elif hasattr(value, "unbox"):  # Flax's boxes of sharding metadata
+        fix = "Unbox all of them first, with flax.linen.meta.unbox(params)."
     raise TypeError(
         f"{name} must be a JAX or NumPy array; got"
         f" {kind.__module__}.{kind.__qualname__}. {fix}"

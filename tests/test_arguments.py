@@ -6,11 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen
 
 import jax_layernorm as jln
 
 X = jnp.ones((2, 3, 8))
 F8 = jnp.ones((2, 8), jnp.float8_e4m3fn)
+BOXED = linen.Partitioned(jnp.ones(8), ("features",))
 
 
 class Foreign:
@@ -62,6 +64,7 @@ BAD_PARAMS = [
     ("complex", {"bias": jnp.ones(8, complex)}, TypeError, "got dtype complex64"),
     ("a list", {"scale": [1.0] * 8}, TypeError, "jnp.asarray(params['scale'])"),
     ("a number", {"scale": 1.0}, TypeError, "got builtins.float"),
+    ("boxed", {"scale": BOXED}, TypeError, "flax.linen.meta.unbox(params)"),
 ]
 BAD_OPTIONS = [
     ({"axis": 3}, ValueError, "between -3 and 2 for x of rank 3; got 3"),
