@@ -326,7 +326,8 @@ class Case {
       if (center_) terms += std::fabs(mean_g) + std::fabs(from_mean) / s;
       for (int64_t i = 0; i < features_; ++i) {
         Real gamma_size = std::fabs(gamma[i]);
-        if (scale_groups_ && scale_offset_ != 0 && scale_dtype_ == kFloat64) {
+        const bool narrowed = scale_dtype_ == kFloat64 && compute_ != kFloat64;
+        if (scale_groups_ && scale_offset_ != 0 && narrowed) {
           gamma_size += 1;  // rounded to the arithmetic's dtype before the sum, near -1
         }
         Real right = x_hat[i] * gamma[i], size = x_hat_size * gamma_size;
