@@ -169,10 +169,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--dtypes", nargs="+", default=DTYPES, choices=DTYPES)
     parser.add_argument("--offsets", nargs="+", type=float, default=OFFSETS)
-    parser.add_argument(
-        "--shapes", nargs="+", type=shapes.parse, metavar="ROWSxFEATURES",
-        default=list(map(shapes.parse, DEFAULT_SHAPES)),
-    )  # fmt: skip
+    shapes.add_argument(parser, DEFAULT_SHAPES)
     parser.add_argument("--seeds", type=int, default=2)
     options = parser.parse_args(arguments)
 

@@ -288,10 +288,7 @@ def plot(results: list[dict[str, Any]], where: dict[str, Any], path: str) -> Non
 
 def main(arguments: list[str] | None = None) -> None:
     parser = report.parser(__doc__)
-    parser.add_argument(
-        "--shapes", nargs="+", type=shapes.parse, metavar="ROWSxFEATURES",
-        default=list(map(shapes.parse, CPU_SHAPES)),
-    )  # fmt: skip
+    shapes.add_argument(parser, CPU_SHAPES)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--programs", nargs="+", default=PROGRAMS, choices=PROGRAMS)
     parser.add_argument("--norms", nargs="+", default=NORMS, choices=NORMS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
@@ -37,3 +39,11 @@ def parse(text: str) -> Shape:
             f"a shape is one of {', '.join(SHAPES)}, or ROWSxFEATURES; got {text!r}."
         ) from None
     return Shape(rows, features)
+
+
+def add_argument(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
+    """`--shapes`, of which `default` are taken where there are none."""
+    parser.add_argument(
+        "--shapes", nargs="+", type=parse, metavar="ROWSxFEATURES",
+        default=list(map(parse, default)),
+    )  # fmt: skip

@@ -115,8 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--generations", nargs="+", default=["v5e"],
                         choices=compilers.GENERATIONS["tpu"])  # fmt: skip
-    parser.add_argument("--shapes", nargs="+", type=shapes.parse,
-                        default=[shapes.parse(s) for s in (*LARGE, *SMALL)])  # fmt: skip
+    shapes.add_argument(parser, (*LARGE, *SMALL))
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--passes", nargs="+", default=list(FLOORS), choices=FLOORS)
     parser.add_argument("--implementation", default="pallas_tpu",

@@ -179,7 +179,9 @@ class Diagonals:
 
     def __init__(self, first: Any, rows: int):
         self.rows = rows
-        self._register = lax.shift_right_logical(jnp.int32(first), jnp.int32(7))
+        self._register = lax.shift_right_logical(
+            jnp.int32(first), jnp.int32(LANES.bit_length() - 1)
+        )
         within = 0 if rows >= LANES else jnp.int32(first) & (LANES - 1)
         lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
         self._lane = lane - within

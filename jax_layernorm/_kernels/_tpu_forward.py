@@ -239,7 +239,7 @@ def _wide_kernel(
     for first in range(0, blocks.rows if spec.center else 0, MIN_ROWS):
         here = pl.ds(first, MIN_ROWS)
         if exact_mean:
-            mean = _sum(sums_ref.mean[here, :]) / features
+            mean = _share(_sum(sums_ref.mean[here, :]), features)
         else:  # any number near the mean will do, see `centered`
             some = x_ref[here, :LANES].astype(jnp.float32)
             if residual_ref is not None:
@@ -256,7 +256,7 @@ def _wide_kernel(
         if spec.center:
             total = _sum(sums_ref.correction[here, :])
             rough = sums_ref.mean[here, :]
-            correction = in_every_lane(total / features)
+            correction = in_every_lane(_share(total, features))
             means = rough, correction
             if exact_mean:
                 sums_ref.correction[here, :] = correction

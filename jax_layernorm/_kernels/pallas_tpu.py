@@ -69,9 +69,8 @@ def unsupported(problem: Problem) -> str | None:
     itemsizes = [array.dtype.itemsize for array in whole.values()]
     if "residual" in whole:
         itemsizes.append(max(itemsizes))  # that of the sum
-    widest = WIDEST
-    while rows_that_fit(widest, itemsizes, "dx" in whole) < MIN_ROWS:
-        widest -= LANES
+    a_column = MIN_ROWS * _element_bytes(itemsizes, "dx" in whole) + PARAMETER_BYTES
+    widest = min(WIDEST, VMEM_BYTES // a_column // LANES * LANES)
     if rows.features > widest:
         return (
             f"a row has {rows.features} elements, more than the {widest} of which blocks"
@@ -81,9 +80,14 @@ def unsupported(problem: Problem) -> str | None:
 
 
 def rows_that_fit(features: int, itemsizes: Sequence[int], backward: bool) -> int:
-    """Of a block, into fast memory; backward, wide rows have 8 bytes an element more."""
-    of_an_element = 2 * sum(itemsizes) + 8 * backward
-    return (VMEM_BYTES // features - PARAMETER_BYTES) // of_an_element
+    """Of a block, into fast memory."""
+    a_column = VMEM_BYTES // features - PARAMETER_BYTES
+    return a_column // _element_bytes(itemsizes, backward)
+
+
+def _element_bytes(itemsizes: Sequence[int], backward: bool) -> int:
+    """Each operand twice; backward, of wide rows, two arrays of float32 besides."""
+    return 2 * sum(itemsizes) + 8 * backward
 
 
 def not_default(problem: Problem) -> str | None:
