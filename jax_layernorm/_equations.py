@@ -27,6 +27,13 @@ So that d costs no pass over x of its own, what needs it is summed before it is 
 Since d is of the size of the rounding error of m, what is subtracted is no more than
 the rest, unless all of a row is constant to the last bits.
 
+By the same two lines m need not be the mean, where a pass over x to find it costs more
+than it is worth ("shifted data" in the same article): the mean of the row's first
+elements serves too, or 0, whichever has the smaller sum(c * c), both summed in one pass.
+The rounding of var grows by 1 + (mean - m)**2 / var: it is as good as with the mean itself
+unless the first elements are outliers, and never worse than E[x^2] - E[x]^2 is. What is
+kept is m + d, in two words as before.
+
 Elements that a mask leaves out are 0 in c, x_hat, y and every sum, and not counted in N.
 
 For the cotangents dy, dmean and drstd of y, mean and rstd, with g = dy * gamma:
@@ -67,6 +74,7 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
 
 Fence = Callable[["Array"], "Array"]
+GUESS_FROM = 8  # elements, of which the mean is a guess at that of a row
 Shape = tuple[Any, ...]  # of integers, or of symbolic dimensions under `jax.export`
 
 
@@ -137,16 +145,14 @@ def forward(
     spec: NormSpec,
     with_moments: bool,
     fence: Fence = lambda mean: mean,
-    pilot: int = 1,
+    one_pass: bool = False,
 ) -> Forward:
     """The norm of `x`, or of `residual + x`.
 
     `scale`, `bias` and `mask` broadcast against `x`. `fence` is put around the first
     mean: the identity, or `lax.optimization_barrier` where the compiler would
-    otherwise compute it again for every use (`_kernels/xla.py` says where). With a
-    `pilot` of n the first mean is of the first n-th of each row alone, which spares a
-    pass over `x`. The correction makes good for it, at no cost in accuracy: a part of a
-    row has a mean within sqrt(n) standard deviations of the row's.
+    otherwise compute it again for every use (`_kernels/xla.py` says where). With
+    `one_pass`, and without a mask, the first mean is replaced by a guess.
     """
     total = None
     if residual is not None:
@@ -157,21 +163,17 @@ def forward(
 
     c = keep(x.astype(compute))
     mean = mean_low = None
-    if spec.center:
-        if pilot > 1 and mask is None and x.shape[-1] >= 2 * pilot and -1 in spec.axes:
-            part = lax.slice_in_dim(c, 0, x.shape[-1] // pilot, axis=-1)
+    if not spec.center:
+        square = jnp.sum(c * c, spec.axes, keepdims=True)
+    else:
+        if one_pass and isinstance(count, int) and count > 0:
+            mean, mean_low, square = _in_one_pass(x, count, spec.axes)
+            c = c - mean
         else:
-            part = c
-        mean = fence(
-            _mean_for_subtraction(part, _count(part, mask, spec.axes), spec.axes)
-        )
-        c = keep(c - mean)
-        # Twice half the mean, which has the same bits: a factor 1/N that two sums share
-        # XLA for CPU would keep in memory, once for each element of x.
-        mean_low = 2 * _mean_for_subtraction(c, 2 * _at_least_one(count), spec.axes)
-    square = jnp.sum(c * c, spec.axes, keepdims=True)
-    if mean_low is not None:
-        square = _without_mean(square, mean_low, count)
+            mean = fence(_mean_for_subtraction(c, count, spec.axes))
+            c = keep(c - mean)
+            mean_low, square = _mean_and_square(c, count, spec.axes)
+            square = _without_mean(square, mean_low, count)
         c = keep(c - mean_low)
     if spec.axis_names:
         mean, mean_low, shift, variance = _merge(
@@ -286,6 +288,37 @@ def _mean_for_subtraction(
     of the two matters.
     """
     return jnp.sum(x * (1 / _at_least_one(count)), axes, keepdims=True)
+
+
+def _mean_and_square(
+    c: Float[Array, "*shape"], count: Any, axes: tuple[int, ...]
+) -> tuple[Float[Array, "*stats"], Float[Array, "*stats"]]:
+    """Mean and sum of squares."""
+    # Twice half the mean, which has the same bits: a factor 1/N that two sums share
+    # XLA for CPU would keep in memory, once for each element of x.
+    mean = 2 * _mean_for_subtraction(c, 2 * _at_least_one(count), axes)
+    return mean, jnp.sum(c * c, axes, keepdims=True)
+
+
+def _in_one_pass(
+    x: Float[Array, "*shape"], count: int, axes: tuple[int, ...]
+) -> tuple[Float[Array, "*stats"], Float[Array, "*stats"], Float[Array, "*stats"]]:
+    """The mean in two words, and sum((x - mean)**2), about a guess at the mean."""
+    long = max(axes, key=lambda axis: x.shape[axis])
+    few = x
+    for axis in axes:
+        most = GUESS_FROM if axis == long else 1
+        few = lax.slice_in_dim(few, 0, min(most, x.shape[axis]), axis=axis)
+    compute = compute_dtype(x.dtype)
+    guess = _mean_for_subtraction(few.astype(compute), few.shape[long], axes)
+    x = x.astype(compute)
+    low, square = _mean_and_square(x - guess, count, axes)
+    mean, square_about_0 = _mean_and_square(x, count, axes)
+    nearer = square < square_about_0  # not where both have overflown
+    square = jnp.where(nearer, square, square_about_0)
+    square = _without_mean(square, jnp.where(nearer, low, mean), count)
+    high, low = _two_sum(guess, low)
+    return jnp.where(nearer, high, mean), jnp.where(nearer, low, 0), square
 
 
 def _without_mean(

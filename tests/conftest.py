@@ -26,10 +26,14 @@ typing.TYPE_CHECKING = False
 import implementations  # noqa: E402  it imports the package
 
 
-@pytest.fixture(params=implementations.NAMES)
+@pytest.fixture(params=(*implementations.NAMES, *implementations.FORMS))
 def implementation(request, monkeypatch):
     """The test runs once with each; its calls take `**implementations.chosen`."""
-    implementations.needed(request.param)
+    if request.param in implementations.FORMS:
+        form = implementations.FORMS[request.param]
+        monkeypatch.setitem(implementations.KERNELS, request.param, form)
+    else:
+        implementations.needed(request.param)
     monkeypatch.setitem(implementations.chosen, "implementation", request.param)
     return request.param
 

@@ -6,10 +6,26 @@ import jax
 import pytest
 
 import jax_layernorm as jln
-from jax_layernorm._kernels import KERNELS
+from jax_layernorm._kernels import KERNELS, xla
 
 NAMES = tuple(KERNELS)
 chosen = {}  # set by the fixture `implementation`
+
+
+class XlaAsOnTpu:
+    """The form that XLA is given on TPU, on the CPU."""
+
+    platforms = ("cpu",)
+    unsupported = not_default = staticmethod(xla.unsupported)
+
+    def forward(self, problem):
+        return xla.forward(problem._replace(platform="tpu"))
+
+    def backward(self, problem):
+        return xla.backward(problem._replace(platform="tpu"))
+
+
+FORMS = {"xla_as_on_tpu": XlaAsOnTpu()}  # no implementations, but forms of one
 
 
 @functools.cache
