@@ -5,10 +5,10 @@ block    out = h + relu(norm(h) @ W1) @ W2, and the gradients of all of it
 layers   a scanned decoder of 4 layers, two norms each
 
 by ours as the package lowers it by itself, ours in the form for XLA, the bare equations
-("plain"), autodiff of them, and Flax's linen.LayerNorm; parameters float32. The table gives bytes,
-each operand and result of a kernel counted once, an element of x; temporary memory in
-MiB; and the ratio of bytes to Flax's. The floor of joint is x, y, x, dy and dx, each
-once: 5 arrays. Which wheels this needs: `benchmarks/compilers.py`.
+("plain"), autodiff of them, and Flax's linen.LayerNorm; parameters float32. The table
+gives bytes, each operand and result of a kernel counted once, an element of x; temporary
+memory in MiB; and the ratio of bytes to Flax's. The floor of joint is x, y, x, dy and dx,
+each once: 5 arrays. Which wheels this needs: `benchmarks/compilers.py`.
 """
 
 from __future__ import annotations
