@@ -18,7 +18,7 @@ from jax import export, lax
 
 import jax_layernorm as jln
 from jax_layernorm import _kernels
-from jax_layernorm._kernels import _tpu_blocks, pallas_tpu
+from jax_layernorm._kernels import _tpu_backward, _tpu_blocks, pallas_tpu
 
 FUNCTIONS = (jln.layer_norm, jln.rms_norm)
 DTYPES = ("float32", "bfloat16")
@@ -116,6 +116,22 @@ def test_values_and_gradients_are_right(function, dtype, shape, interpreted):
     out = value_and_gradients(function, params, x, dy)
     assert interpreted.ran == ["forward", "backward"]
     assert_right(out, params, x, dy, center=function is jln.layer_norm)
+
+
+@pytest.mark.parametrize("span", (128, 256, _tpu_backward.SPAN))
+@pytest.mark.parametrize("rows", (33, 290))
+def test_blocks_of_a_few_rows_find_their_statistics(
+    rows, span, interpreted, monkeypatch
+):
+    """As those of very wide rows: some, or all of them, have theirs read at once."""
+    features = 2304
+    monkeypatch.setattr(_tpu_backward, "SPAN", span)
+    monkeypatch.setattr(_tpu_blocks, "BLOCK_BYTES", 32 * features * 4)
+    params, x, _, dy, _ = draw((rows, features), offset=10)
+    x = x * jnp.arange(1.0, 1 + rows)[:, None]
+    out = value_and_gradients(jln.layer_norm, params, x, dy)
+    assert interpreted.ran == ["forward", "backward"]
+    assert_right(out, params, x, dy)
 
 
 @pytest.mark.parametrize("offset", OFFSETS)

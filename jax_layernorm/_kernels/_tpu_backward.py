@@ -25,6 +25,9 @@ STEP = 1 << 17
 """Elements that are computed on at once: more arrays than forward, fewer elements."""
 TILE_REGISTERS = 64
 """Registers of float32 that a tile of a wider row has of each array."""
+SPAN = 8192
+"""Rows whose statistics are read at once, where a block has less than 128. A transfer for
+every few blocks, which each has to ask for, costs more cycles than one for all."""
 
 
 class RowSums(NamedTuple):
@@ -55,6 +58,9 @@ def backward(
     if _tpu_blocks.is_narrow(features):
         given = Moments(None, None, moments.rstd)  # deviations are computed again
     cut = _tpu_blocks.blocks(rows, features, whole, STEP, backward=True)
+    if cut.shared > 1:
+        of_span = min(_tpu_blocks.round_up(rows, LANES), SPAN)
+        cut = cut._replace(shared=pl.cdiv(of_span, cut.rows))
     count = pl.cdiv(rows, cut.rows)
     steps = pl.cdiv(count, min(CORES, count))
     cores = pl.cdiv(count, steps)
@@ -64,7 +70,7 @@ def backward(
         return k if steps * cores == count else jnp.minimum(k, count - 1)
 
     def moment_block(core: Any, step: Any) -> tuple[int, Any]:
-        return 0, cut.span_of(number(core, step))
+        return 0, cut.span_of(number(core, step), count)
 
     row_spec = pl.BlockSpec((cut.rows, features), lambda i, j: (number(i, j), 0))
     moment_spec = pl.BlockSpec((1, cut.span), moment_block)

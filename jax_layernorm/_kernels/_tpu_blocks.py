@@ -40,8 +40,8 @@ class Blocks(NamedTuple):
       rows: of a block.
       step: rows that are computed on at once; divides `rows`.
       unroll: steps written out one behind the other.
-      shared: consecutive blocks that together have the 128 rows whose statistics fill
-        one register row; 1 where a block has as many itself.
+      shared: consecutive blocks whose statistics are read or written at once, 128 rows
+        of them or more, which fill a register row; 1 where a block has as many itself.
     """
 
     rows: int
@@ -54,8 +54,10 @@ class Blocks(NamedTuple):
         """Rows whose statistics are read or written at once."""
         return self.rows * self.shared
 
-    def span_of(self, block: Any) -> Any:
-        """The number of the span that a block lies in."""
+    def span_of(self, block: Any, count: int) -> Any:
+        """The number of the span that one of `count` blocks lies in."""
+        if count <= self.shared:
+            return 0
         return block if self.shared == 1 else lax.div(block, jnp.int32(self.shared))
 
     def offset(self, block: Any) -> Any:
