@@ -9,7 +9,9 @@ layers     a scanned decoder: `LAYERS` pre-norm blocks of attention and of relu
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +25,12 @@ from benchmarks.shapes import Shape
 LAYERS = 4
 WIDEN = 4
 HEAD = 128
+LENGTH = 2048
+FLASH_BLOCK = 512
+"""Positions of a block of `flash` attention."""
+
+
+Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 class Program(NamedTuple):
@@ -79,6 +87,39 @@ def block(norm: Norm, shape: Shape, dtype: Any) -> Program:
     return Program(run, (params_of(features), w1, w2, h, h))
 
 
+def heads_of(shape: Shape) -> tuple[int, int, int]:
+    """Sequences, their length, and heads of a decoder."""
+    length = min(shape.rows, LENGTH)
+    return shape.rows // length, length, shape.features // HEAD
+
+
+def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Scores are computed again backward, and not kept: as attention kernels do."""
+    causal = nn.make_causal_mask(jnp.ones((1, q.shape[1])))
+    return jax.checkpoint(functools.partial(nn.dot_product_attention, mask=causal))(
+        q, k, v
+    )
+
+
+def flash_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    q, k, v = (jnp.swapaxes(t, 1, 2) for t in (q, k, v))
+    return jnp.swapaxes(flash_by_head(q, k, v), 1, 2)
+
+
+def flash_by_head(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """JAX's kernels for TPU; all (batch, heads, length, head)."""
+    from jax.experimental.pallas.ops.tpu import flash_attention as flash
+
+    names = [field.name for field in dataclasses.fields(flash.BlockSizes)]
+    blocks = dict.fromkeys(names, min(FLASH_BLOCK, q.shape[2])) | {"block_b": 1}
+    return flash.flash_attention(
+        q, k, v,
+        causal=True,
+        sm_scale=1 / math.sqrt(q.shape[3]),
+        block_sizes=flash.BlockSizes(**blocks),
+    )  # fmt: skip
+
+
 def decoder(
     norm: Norm,
     add_norm: Any,
@@ -87,8 +128,9 @@ def decoder(
     *,
     layers: int | None = LAYERS,
     remat: bool = False,
+    attention: Attention = xla_attention,
 ) -> Program:
-    """Sequences of up to 2048; weights stacked along the layers, which are scanned.
+    """Sequences of up to `LENGTH`; weights stacked along the layers, which are scanned.
 
     Args:
       norm: of a layer's first norm, and of the second.
@@ -96,19 +138,15 @@ def decoder(
         is not fused with the norm.
       layers: None for one layer, not scanned.
       remat: whether the backward pass computes a layer again.
+      attention: causal, `(q, k, v) -> mixed`, all (batch, length, heads, head).
     """
-    features, length = shape.features, min(shape.rows, 2048)
-    batch, heads = shape.rows // length, features // HEAD
-    causal = nn.make_causal_mask(jnp.ones((1, length)))
-    # Scores are computed again backward, and not kept: as attention kernels do.
-    attention = jax.checkpoint(functools.partial(nn.dot_product_attention, mask=causal))
+    features = shape.features
+    batch, length, heads = heads_of(shape)
 
     def layer(h: jax.Array, w: Any) -> tuple[jax.Array, None]:
         a = norm(w["ln1"], h)
-        q, k, v = jnp.split(a @ w["qkv"], 3, -1)
-        q, k, v = (t.reshape(batch, length, heads, HEAD) for t in (q, k, v))
-        mixed = attention(q, k, v)
-        branch = mixed.reshape(h.shape) @ w["out"]
+        q, k, v = (jnp.einsum("btf,fhd->bthd", a, w[name]) for name in "qkv")
+        branch = jnp.einsum("bthd,hdf->btf", attention(q, k, v), w["out"])
         if add_norm is None:
             h = h + branch
             m = norm(w["ln2"], h)
@@ -132,8 +170,8 @@ def decoder(
     weights = {
         "ln1": params_of(features, *stack),
         "ln2": params_of(features, *stack),
-        "qkv": abstract((*stack, features, 3 * features), dtype),
-        "out": abstract((*stack, features, features), dtype),
+        **{name: abstract((*stack, features, heads, HEAD), dtype) for name in "qkv"},
+        "out": abstract((*stack, heads, HEAD, features), dtype),
         "up": abstract((*stack, features, WIDEN * features), dtype),
         "down": abstract((*stack, WIDEN * features, features), dtype),
     }

@@ -4,7 +4,9 @@ For each generation, shape, dtype and pass: bytes moved over the floor, temporar
 and scheduled cycles over the roofline, the time of the floor's bytes at the chip's
 memory bandwidth. Cycles of a kernel are those of the compiler's schedule for it, those
 of the XLA form the compiler's own estimates for its fusions: different models, the
-second of which counts the wait for memory and the first does not.
+second of which counts the wait for memory and the first does not. A schedule counts the
+first and the last steps of a kernel, which only move blocks, as if they computed too.
+`--marginal` leaves them out: cycles of twice as many rows, less those of these.
 
 Floors, in arrays of the size of x: forward 2, backward 3, with the fused residual add 4
 each way. Statistics are an output of the forward pass, as under differentiation.
@@ -58,10 +60,8 @@ def program(
     return programs.Program(backward, (pullback, out))
 
 
-def measure(
-    generation: str, device: Any, name: str, implementation: str, shape: Any, dtype: Any
-) -> dict[str, Any]:
-    made = program(name, implementation, shape, dtype)
+def cycles_of(made: programs.Program, device: Any, implementation: str) -> Any:
+    """The compiled program, and its cycles."""
     build = functools.partial(compilers.compile_for, "tpu", device, *made)
     own = 0
     if implementation == "pallas_tpu":
@@ -69,17 +69,34 @@ def measure(
         own = sum(n for op, n in cycles.items() if op.startswith("layer_norm"))
     else:
         compiled = build()
-    hlo = compiled.as_text()
+    fusions = tpu_cycles.xla_cycles(compiled.as_text())
+    return compiled, own + sum(n for op, n in fusions.items() if "layer_norm" not in op)
+
+
+def measure(
+    generation: str,
+    device: Any,
+    name: str,
+    implementation: str,
+    shape: shapes.Shape,
+    dtype: Any,
+    marginal: bool = False,
+) -> dict[str, Any]:
+    made = program(name, implementation, shape, dtype)
+    compiled, total = cycles_of(made, device, implementation)
+    if marginal:
+        twice = program(
+            name, implementation, shape._replace(rows=2 * shape.rows), dtype
+        )
+        total = cycles_of(twice, device, implementation)[1] - total
     floor = FLOORS[name] * shape.rows * shape.features * jnp.dtype(dtype).itemsize
-    fusions = tpu_cycles.xla_cycles(hlo)
-    total = own + sum(n for op, n in fusions.items() if "layer_norm" not in op)
     return {
         "generation": generation,
         "shape": str(shape),
         "dtype": jnp.dtype(dtype).name,
         "pass": name,
         "implementation": implementation,
-        "bytes over floor": hlo_bytes.total(hlo) / floor,
+        "bytes over floor": hlo_bytes.total(compiled.as_text()) / floor,
         "cycles over roofline": total / tpu_cycles.roofline(generation, floor),
         "temp MiB": compiled.memory_analysis().temp_size_in_bytes / 2**20,
     }
@@ -120,6 +137,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--passes", nargs="+", default=list(FLOORS), choices=FLOORS)
     parser.add_argument("--implementation", default="pallas_tpu",
                         choices=IMPLEMENTATIONS)  # fmt: skip
+    parser.add_argument("--marginal", action="store_true",
+                        help="cycles of as many rows more")  # fmt: skip
     parser.add_argument("--plot", metavar="FILE", help="also plot the cycles")
     options = parser.parse_args(arguments)
     reason = compilers.unavailable("tpu")
@@ -136,8 +155,11 @@ def main(arguments: list[str] | None = None) -> None:
         cases = itertools.product(options.shapes, options.dtypes, options.passes)
         for shape, dtype, name in cases:
             results.append(
-                measure(generation, device, name, options.implementation, shape, dtype)
-            )
+                measure(
+                    generation, device, name, options.implementation, shape, dtype,
+                    marginal=options.marginal,
+                )
+            )  # fmt: skip
             print(*results[-1].values(), flush=True)
     print()
     report.print_table(tuple(results[0]), [tuple(r.values()) for r in results])

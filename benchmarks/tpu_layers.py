@@ -6,29 +6,30 @@
     block     `h + relu(norm(h) @ W1) @ W2` and its gradients, which has no second norm
 
 with Flax's norm, ours in XLA's form, our kernels, and these with the residual sum before
-a layer's second norm fused in (the one before its first is another layer's). Cycles are
-the compiler's own estimates for its fusions, loops as often as they run, and for a
-kernel of ours those of its schedule, but no fewer than its bytes take. Parameters of
-norms are float32. Ratios are to Flax.
+a layer's second norm fused in (the one before its first is another layer's); attention by
+JAX's flash attention kernels, or XLA's. Cycles are the compiler's own estimates for its
+fusions, loops as often as they run, and for a kernel those of its schedule; of our own
+no fewer than its bytes take, of attention's the part that is not above the diagonal.
+Parameters of norms are float32. Ratios are to Flax.
 
     python -m benchmarks.tpu_layers --generations v5e --json layers.json
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
-import json
+import itertools
 import math
+import multiprocessing
 import re
-import subprocess
-import sys
-import tempfile
 from typing import Any
 
 from benchmarks import compilers
 
 compilers.keep_to_the_host()
 
+import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
 import jax_layernorm as jln  # noqa: E402
@@ -39,17 +40,24 @@ from benchmarks import (  # noqa: E402
     report,
     shapes,
     tpu_cycles,
+    tpu_kernels,
 )
 from benchmarks.tpu_kernels import FLOORS  # noqa: E402
 
+DTYPE = jnp.bfloat16
+SCHEDULED = (2, 8)
+"""Sequences and heads whose attention is scheduled: that of more takes as much more."""
 PROGRAMS = ("layer", "scanned", "remat", "block")
-NORMS = ("flax", "xla", "pallas_tpu", "fused add")
+ATTENTION = {"flash": programs.flash_attention, "xla": programs.xla_attention}
+NORMS = ("flax", "xla", "pallas_tpu", "fused add", "none")
 
 
 def norm_called(name: str) -> tuple[peers.Norm, Any]:
     """The norm, and that of a residual sum or None."""
     if name == "flax":
         return peers.flax, None
+    if name == "none":
+        return lambda params, x: x, None
     options = {
         "epsilon": peers.EPSILON,
         "implementation": "xla" if name == "xla" else "pallas_tpu",
@@ -59,25 +67,50 @@ def norm_called(name: str) -> tuple[peers.Norm, Any]:
     return functools.partial(jln.layer_norm, **options), fused
 
 
-def kernel_cycles(generation: str, shape: shapes.Shape) -> dict[str, float]:
-    """Of each of our kernels, alone; in a process of its own (see `tpu_cycles`)."""
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        subprocess.run(
-            [sys.executable, "-m", "benchmarks.tpu_kernels", "--json", file.name]
-            + ["--generations", generation, "--shapes", str(shape)]
-            + ["--dtypes", "bfloat16"],
-            check=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        measured = json.load(file)["results"]
+def schedules(generation: str, shape: shapes.Shape) -> dict[str, float]:
+    """Cycles of each kernel, alone; in a process of its own (see `tpu_cycles`)."""
+    tpu_cycles.keep_schedules()
+    device = compilers.device("tpu", generation)
     found = {}
-    for kernel in measured:
-        array = shape.rows * shape.features * jnp.dtype(jnp.bfloat16).itemsize
-        floor = tpu_cycles.roofline(generation, array * FLOORS[kernel["pass"]])
-        slowest = max(kernel["cycles over roofline"], kernel["bytes over floor"])
-        found[kernel["pass"]] = slowest * floor
+    for name, floor in FLOORS.items():
+        measured = tpu_kernels.measure(
+            generation, device, name, "pallas_tpu", shape, DTYPE
+        )
+        array = shape.rows * shape.features * jnp.dtype(DTYPE).itemsize
+        slowest = max(measured["cycles over roofline"], measured["bytes over floor"])
+        found[name] = slowest * tpu_cycles.roofline(generation, array * floor)
+    batch, length, heads = programs.heads_of(shape)
+    q = programs.abstract((*SCHEDULED, length, programs.HEAD), DTYPE)
+
+    def attention(q: Any, k: Any, v: Any, dmixed: Any) -> Any:
+        mixed, pullback = jax.vjp(programs.flash_by_head, q, k, v)
+        return mixed, pullback(dmixed)
+
+    made = programs.Program(attention, (q,) * 4)
+    build = functools.partial(compilers.compile_for, "tpu", device, *made)
+    compiled, cycles = tpu_cycles.of_kernels(build)
+    blocks = -(-length // programs.FLASH_BLOCK)
+    run = (blocks + 1) / (2 * blocks)  # blocks above the diagonal are skipped
+    run *= batch * heads / math.prod(SCHEDULED)
+    for line in compiled.as_text().splitlines():
+        kernel = kernel_of(line, 0)
+        if kernel is not None:
+            found[kernel] = run * cycles[line.split()[0].removeprefix("%")]
     return found
+
+
+def kernel_of(line: str, elements: int) -> str | None:
+    """Which of those in `schedules` an instruction is; None: none."""
+    if 'custom_call_target="tpu_custom_call"' not in line:
+        return None
+    name = line.removeprefix("ROOT ").split()[0]
+    ours = re.match("%layer_norm_(forward|backward)", name)
+    if ours:
+        sums = "add " if whole_arrays(line, elements) == 4 else ""
+        return sums + ours.group(1)
+    flash = re.search("flash_mha_bwd_(dkv|dq)|flash_attention", name)
+    assert flash is not None, name
+    return f"attention {flash.group(1) or 'forward'}"
 
 
 def cycles_of(hlo: str, kernels: dict[str, float], elements: int) -> float:
@@ -88,17 +121,14 @@ def cycles_of(hlo: str, kernels: dict[str, float], elements: int) -> float:
         total = 0.0
         for line in computations[name]:
             body = re.search(r" while\(.*body=%([\w.\-]+)", line)
-            estimate = tpu_cycles.xla_cycles(line)
-            ours = re.search(r"%layer_norm_(forward|backward)[\w.\-]* = ", line)
+            kernel = kernel_of(line.strip(), elements)
             if body:
                 trips = hlo_bytes.loop_trips(line, programs.LAYERS)
                 total += of(body.group(1)) * trips
-            elif ours:
-                kernel = ours.group(1)
-                sums = "add " if whole_arrays(line, elements) == 4 else ""
-                total += kernels[sums + kernel]
+            elif kernel is not None:
+                total += kernels[kernel]
             else:
-                total += sum(estimate.values())
+                total += sum(tpu_cycles.xla_cycles(line).values())
         return total
 
     return of("ENTRY")
@@ -106,8 +136,9 @@ def cycles_of(hlo: str, kernels: dict[str, float], elements: int) -> float:
 
 def whole_arrays(line: str, elements: int) -> int:
     """Operands and results of a kernel that are of the size of x."""
-    text = re.split(r"custom_call_target|, metadata", line)[0]
-    found = re.findall(r"\w+\[([\d,]+)\]", text)
+    results = line.partition(" custom-call(")[0]
+    operands = re.findall(r"operand_layout_constraints=\{(.*?\})\}", line)
+    found = re.findall(r"\w+\[([\d,]+)\]", " ".join([results, *operands]))
     return sum(math.prod(map(int, dims.split(","))) == elements for dims in found)
 
 
@@ -117,6 +148,8 @@ def main(arguments: list[str] | None = None) -> None:
                         choices=compilers.GENERATIONS["tpu"])  # fmt: skip
     parser.add_argument("--shape", type=shapes.parse, default=shapes.parse("8192x2048"))
     parser.add_argument("--programs", nargs="+", default=PROGRAMS, choices=PROGRAMS)
+    parser.add_argument("--attention", nargs="+", default=list(ATTENTION),
+                        choices=ATTENTION)  # fmt: skip
     parser.add_argument("--norms", nargs="+", default=NORMS, choices=NORMS)
     options = parser.parse_args(arguments)
     reason = compilers.unavailable("tpu")
@@ -125,40 +158,50 @@ def main(arguments: list[str] | None = None) -> None:
     names = " ".join(options.generations)
     where = report.environment(f"TPU {names}, compiled without a device")
     report.print_environment(where)
-    dtype, shape = jnp.bfloat16, options.shape
+    shape = options.shape
     results = []
-    # All of them first: one process at a time can hold the compiler.
-    kernels = {g: kernel_cycles(g, shape) for g in options.generations}
-    for generation in options.generations:
+    # First, and in a process that ends: one at a time can hold the compiler.
+    with concurrent.futures.ProcessPoolExecutor(
+        1, multiprocessing.get_context("spawn")
+    ) as pool:
+        cycles = list(pool.map(schedules, options.generations, itertools.repeat(shape)))
+    kernels = dict(zip(options.generations, cycles, strict=True))
+    cases = [
+        (generation, name, attention)
+        for generation in options.generations
+        for name in options.programs
+        for attention in ([None] if name == "block" else options.attention)
+    ]
+    for generation, name, attention in cases:
         device = compilers.device("tpu", generation)
-        for name in options.programs:
-            flax: dict[str, float] = {}
-            for norm in options.norms:
-                norms = norm_called(norm)
-                if name == "block":
-                    if norms[1] is not None:
-                        continue
-                    made = programs.block(norms[0], shape, dtype)
-                else:
-                    made = programs.decoder(
-                        *norms, shape, dtype,
-                        layers=None if name == "layer" else programs.LAYERS,
-                        remat=name == "remat",
-                    )  # fmt: skip
-                compiled = compilers.compile_for("tpu", device, *made)
-                hlo = compiled.as_text()
-                measured = {
-                    "cycles": cycles_of(
-                        hlo, kernels[generation], shape.rows * shape.features
-                    ),
-                    "bytes": hlo_bytes.total(hlo, programs.LAYERS),
-                    "temp": compiled.memory_analysis().temp_size_in_bytes,
-                }
-                flax = flax or measured
-                ratios = {f"{k} over flax": v / flax[k] for k, v in measured.items()}
-                results.append({"generation": generation, "program": name,
-                                "norm": norm, **measured, **ratios})  # fmt: skip
-                print(*results[-1].values(), flush=True)
+        flax: dict[str, float] = {}
+        for norm in options.norms:
+            norms = norm_called(norm)
+            if attention is None:
+                if norms[1] is not None:
+                    continue
+                made = programs.block(norms[0], shape, DTYPE)
+            else:
+                made = programs.decoder(
+                    *norms, shape, DTYPE,
+                    layers=None if name == "layer" else programs.LAYERS,
+                    remat=name == "remat",
+                    attention=ATTENTION[attention],
+                )  # fmt: skip
+            compiled = compilers.compile_for("tpu", device, *made)
+            hlo = compiled.as_text()
+            elements = shape.rows * shape.features
+            measured = {
+                "cycles": cycles_of(hlo, kernels[generation], elements),
+                "bytes": hlo_bytes.total(hlo, programs.LAYERS),
+                "temp": compiled.memory_analysis().temp_size_in_bytes,
+            }
+            flax = flax or measured
+            ratios = {f"{k} over flax": v / flax[k] for k, v in measured.items()}
+            results.append({"generation": generation, "program": name,
+                            "attention": attention, "norm": norm,
+                            **measured, **ratios})  # fmt: skip
+            print(*results[-1].values(), flush=True)
     print(f"\n{shape}, bfloat16")
     report.print_table(tuple(results[0]), [tuple(r.values()) for r in results])
     report.write_json(options.json, where, results)

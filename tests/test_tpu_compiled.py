@@ -26,7 +26,14 @@ reason = compilers.unavailable("tpu")
 if reason is not None:
     pytest.skip(reason, allow_module_level=True)
 
-from benchmarks import compile_only, hlo_bytes, shapes, tpu_kernels  # noqa: E402
+from benchmarks import (  # noqa: E402
+    compile_only,
+    hlo_bytes,
+    programs,
+    shapes,
+    tpu_kernels,
+    tpu_layers,
+)
 
 pytestmark = pytest.mark.xdist_group("libtpu")
 CASES = [
@@ -75,6 +82,22 @@ def test_the_form_for_xla_moves_no_more_bytes_than_flaxs_norm(shape, dtype, prog
     few = 8 * shape.rows * jnp.dtype(dtype).itemsize
     saved = 3 * 4 * shape.rows  # statistics, written and read
     assert moved["xla"] <= moved["flax"] + few + 2 * saved
+
+
+def test_the_kernels_of_a_decoder_are_told_apart():
+    """By which `benchmarks.tpu_layers` counts their cycles."""
+    shape, device = shapes.parse("1024x256"), compilers.device("tpu", "v5e")
+    norm, add_norm = tpu_layers.norm_called("fused add")
+    made = programs.decoder(
+        norm, add_norm, shape, tpu_layers.DTYPE,
+        layers=None, attention=programs.flash_attention,
+    )  # fmt: skip
+    hlo = compilers.compile_for("tpu", device, *made).as_text()
+    kernels = [
+        tpu_layers.kernel_of(line.strip(), math.prod(shape)) for line in hlo.split("\n")
+    ]
+    attention = ["attention forward", "attention dq", "attention dkv"]
+    assert sorted(k for k in kernels if k) == sorted([*tpu_kernels.FLOORS, *attention])
 
 
 @pytest.mark.parametrize("features", WIDTHS)
