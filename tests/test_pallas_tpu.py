@@ -118,14 +118,14 @@ def test_values_and_gradients_are_right(function, dtype, shape, interpreted):
     assert_right(out, params, x, dy, center=function is jln.layer_norm)
 
 
-@pytest.mark.parametrize("span", (128, 256, _tpu_backward.SPAN))
+@pytest.mark.parametrize("at_once", (0, _tpu_backward.AT_ONCE))
 @pytest.mark.parametrize("rows", (33, 290))
 def test_blocks_of_a_few_rows_find_their_statistics(
-    rows, span, interpreted, monkeypatch
+    rows, at_once, interpreted, monkeypatch
 ):
-    """As those of very wide rows: some, or all of them, have theirs read at once."""
+    """As those of very wide rows: a few, or all of them, have theirs read at once."""
     features = 2304
-    monkeypatch.setattr(_tpu_backward, "SPAN", span)
+    monkeypatch.setattr(_tpu_backward, "AT_ONCE", at_once)
     monkeypatch.setattr(_tpu_blocks, "BLOCK_BYTES", 32 * features * 4)
     params, x, _, dy, _ = draw((rows, features), offset=10)
     x = x * jnp.arange(1.0, 1 + rows)[:, None]

@@ -19,6 +19,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jax_layernorm as jln
+from jax_layernorm._kernels import _tpu_backward
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 compilers = pytest.importorskip("benchmarks.compilers", reason="no benchmarks here")
@@ -118,6 +119,18 @@ def test_whatever_it_takes_compiles(features):
         else:
             assert "tpu_custom_call" in hlo, (rows, name, dtype)
     assert refused == 3 * [(*case, True) for case in TOO_WIDE.get(features, [])]
+
+
+@pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
+@pytest.mark.parametrize("features", (2304, 5120, 16384))
+def test_the_statistics_of_as_many_rows_as_are_read_at_once_fit(features, dtype):
+    rows = _tpu_backward.AT_ONCE
+    made = tpu_kernels.program(
+        "add backward", "pallas_tpu", shapes.Shape(rows, features), dtype
+    )
+    device = compilers.device("tpu", "v5e")
+    hlo = compilers.compile_for("tpu", device, *made).as_text()
+    assert "tpu_custom_call" in hlo
 
 
 LAYOUTS = {  # of x and of the parameters over two by two chips

@@ -25,9 +25,9 @@ STEP = 1 << 17
 """Elements that are computed on at once: more arrays than forward, fewer elements."""
 TILE_REGISTERS = 64
 """Registers of float32 that a tile of a wider row has of each array."""
-SPAN = 8192
-"""Rows whose statistics are read at once, where a block has less than 128. A transfer for
-every few blocks, which each has to ask for, costs more cycles than one for all."""
+AT_ONCE = 32768
+"""Rows whose statistics are all read at once, where a block has less than 128. A transfer
+for every few blocks, which each has to ask for, costs more cycles than one for all."""
 
 
 class RowSums(NamedTuple):
@@ -58,9 +58,9 @@ def backward(
     if _tpu_blocks.is_narrow(features):
         given = Moments(None, None, moments.rstd)  # deviations are computed again
     cut = _tpu_blocks.blocks(rows, features, whole, STEP, backward=True)
-    if cut.shared > 1:
-        of_span = min(_tpu_blocks.round_up(rows, LANES), SPAN)
-        cut = cut._replace(shared=pl.cdiv(of_span, cut.rows))
+    if cut.shared > 1 and rows <= AT_ONCE:
+        every = _tpu_blocks.round_up(rows, LANES)
+        cut = cut._replace(shared=every // cut.rows)
     count = pl.cdiv(rows, cut.rows)
     steps = pl.cdiv(count, min(CORES, count))
     cores = pl.cdiv(count, steps)
