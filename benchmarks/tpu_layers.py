@@ -198,11 +198,11 @@ def main(arguments: list[str] | None = None) -> None:
             }
             flax = flax or measured
             ratios = {f"{k} over flax": v / flax[k] for k, v in measured.items()}
-            results.append({"generation": generation, "program": name,
-                            "attention": attention, "norm": norm,
+            results.append({"generation": generation, "shape": str(shape),
+                            "program": name, "attention": attention, "norm": norm,
                             **measured, **ratios})  # fmt: skip
             print(*results[-1].values(), flush=True)
-    print(f"\n{shape}, bfloat16")
+    print()
     report.print_table(tuple(results[0]), [tuple(r.values()) for r in results])
     report.write_json(options.json, where, results)
 
