@@ -27,8 +27,7 @@ WIDEN = 4
 HEAD = 128
 LENGTH = 2048
 FLASH_BLOCK = 512
-"""Positions of a block of `flash` attention."""
-
+"""Positions of a block of `flash_attention`."""
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 

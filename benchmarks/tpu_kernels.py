@@ -60,7 +60,9 @@ def program(
     return programs.Program(backward, (pullback, out))
 
 
-def cycles_of(made: programs.Program, device: Any, implementation: str) -> Any:
+def compile_and_count(
+    made: programs.Program, device: Any, implementation: str
+) -> tuple[Any, int]:
     """The compiled program, and its cycles."""
     build = functools.partial(compilers.compile_for, "tpu", device, *made)
     own = 0
@@ -83,12 +85,12 @@ def measure(
     marginal: bool = False,
 ) -> dict[str, Any]:
     made = program(name, implementation, shape, dtype)
-    compiled, total = cycles_of(made, device, implementation)
+    compiled, total = compile_and_count(made, device, implementation)
     if marginal:
         twice = program(
             name, implementation, shape._replace(rows=2 * shape.rows), dtype
         )
-        total = cycles_of(twice, device, implementation)[1] - total
+        total = compile_and_count(twice, device, implementation)[1] - total
     floor = FLOORS[name] * shape.rows * shape.features * jnp.dtype(dtype).itemsize
     return {
         "generation": generation,

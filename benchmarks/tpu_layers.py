@@ -5,12 +5,13 @@
     remat     the same, each layer computed again in the backward pass
     block     `h + relu(norm(h) @ W1) @ W2` and its gradients, which has no second norm
 
-with Flax's norm, ours in XLA's form, our kernels, and these with the residual sum before
-a layer's second norm fused in (the one before its first is another layer's); attention by
-JAX's flash attention kernels, or XLA's. Cycles are the compiler's own estimates for its
-fusions, loops as often as they run, and for a kernel those of its schedule; of our own
-no fewer than its bytes take, of attention's the part that is not above the diagonal.
-Parameters of norms are float32. Ratios are to Flax.
+with Flax's norm, ours in XLA's form, our kernels, and these with the residual sum
+before a layer's second norm fused in (the one before its first is another layer's), and
+no norm at all, the most that a norm could win; attention by JAX's flash attention
+kernels, or XLA's. Cycles are the compiler's own estimates for its fusions, loops as
+often as they run, and for a kernel those of its schedule; of our own no fewer than its
+bytes take, of attention's the part that is not above the diagonal. Parameters of norms
+are float32. Ratios are to Flax.
 
     python -m benchmarks.tpu_layers --generations v5e --json layers.json
 """
@@ -42,7 +43,6 @@ from benchmarks import (  # noqa: E402
     tpu_cycles,
     tpu_kernels,
 )
-from benchmarks.tpu_kernels import FLOORS  # noqa: E402
 
 DTYPE = jnp.bfloat16
 SCHEDULED = (2, 8)
@@ -72,7 +72,7 @@ def schedules(generation: str, shape: shapes.Shape) -> dict[str, float]:
     tpu_cycles.keep_schedules()
     device = compilers.device("tpu", generation)
     found = {}
-    for name, floor in FLOORS.items():
+    for name, floor in tpu_kernels.FLOORS.items():
         measured = tpu_kernels.measure(
             generation, device, name, "pallas_tpu", shape, DTYPE
         )
