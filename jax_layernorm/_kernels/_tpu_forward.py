@@ -118,6 +118,8 @@ def _forward_kernel(
 ) -> None:
     norm = math.sqrt(x_ref.shape[1])
     gamma = None if scale_ref is None else (scale_ref[...] + spec.scale_offset) * norm
+    narrow = _tpu_blocks.is_narrow(x_ref.shape[1])
+    rsqrt = _rsqrt_for_half if narrow and y_ref.dtype == jnp.bfloat16 else lax.rsqrt
     offset = pl.program_id(1) * blocks.rows if shared > 1 else 0
 
     def step(first: Any, rows: Any) -> None:
@@ -126,14 +128,15 @@ def _forward_kernel(
             total = residual_ref[rows, :].astype(jnp.float32) + x.astype(jnp.float32)
             x = total.astype(total_ref.dtype)
             total_ref[rows, :] = x
-        c, r, means = centered(x, spec)
+        c, squares, means = centered(x, spec)
+        r = rsqrt(squares)
         y = c * (r * norm) if gamma is None else c * r * gamma
         if bias_ref is not None:
             y = y + bias_ref[...]
         y_ref[rows, :] = y.astype(y_ref.dtype)
         if moments_ref is not None:
             diagonals = Diagonals(offset + first, blocks.step)
-            moments = _moments(means, r, norm, diagonals)
+            moments = _moments(means, squares, norm, diagonals)
             if spec.center and not means:
                 moments = moments._replace(mean=_tpu_blocks.mean_as_diagonals(x))
             _store(moments, diagonals, diagonals_ref)
@@ -251,7 +254,6 @@ def _wide_kernel(
     for first in range(0, blocks.rows, LANES):
         n = min(blocks.rows, LANES)
         here = pl.ds(first, n)
-        squares = _sum(sums_ref.rstd[here, :])
         total, means = None, ()
         if spec.center:
             total = _sum(sums_ref.correction[here, :])
@@ -262,35 +264,37 @@ def _wide_kernel(
                 sums_ref.correction[here, :] = correction
             else:
                 sums_ref.mean[here, :] = rough + correction
-        r = _rstd_over_norm(squares, total, features, spec)
-        sums_ref.rstd[here, :] = in_every_lane(r * norm)
+        squares = _sum(sums_ref.rstd[here, :])
+        squares = _around_the_mean(squares, total, features, spec)
+        sums_ref.rstd[here, :] = in_every_lane(lax.rsqrt(squares) * norm)
         if moments_ref is not None:
             diagonals = Diagonals(offset + first, n)
-            moments = _moments(means, r, norm, diagonals)
+            moments = _moments(means, squares, norm, diagonals)
             _store(moments, diagonals, diagonals_ref)
     tiles.each(write_pass)
     _write(diagonals_ref, moments_ref, shared)
 
 
 def centered(x: Any, spec: NormSpec) -> tuple[Any, Any, tuple[Any, ...]]:
-    """`x - mean`, in float32; `rstd / sqrt(features)`; what the mean is the sum of.
+    """`x - mean`, in float32; `features / rstd**2`; what the mean is the sum of.
 
-    The last is empty where no row's mean came up. The square root is left to a factor
-    that is there anyway: one multiplication less, where a row is a register or two.
+    The last is empty where no row's mean came up. `features` is left to a factor that is
+    there anyway: one multiplication less, where a row is a register or two.
     """
     features = x.shape[1]
     stored, x = x, x.astype(jnp.float32)
     if not spec.center:
-        return x, _rstd_over_norm(_sum(x * x), None, features, spec), ()
+        return x, _around_the_mean(_sum(x * x), None, features, spec), ()
     half = stored.dtype != jnp.float32
     if _tpu_blocks.is_narrow(features):
         if half and features == LANES:
             c = _tpu_blocks.centered_by_product(stored)
-            return c, _rstd_over_norm(_sum(c * c), None, features, spec), ()
+            return c, _around_the_mean(_sum(c * c), None, features, spec), ()
         rough = _tpu_blocks.mean_by_product(stored)
         if half:  # of so few numbers of 8 bits each, the sum is as good as exact
             c = x - rough
-            return c, _rstd_over_norm(_sum(c * c), None, features, spec), (rough,)
+            squares = _around_the_mean(_sum(c * c), None, features, spec)
+            return c, squares, (rough,)
     else:
         # In half precision any number near the mean will do for a first one, since the
         # second is in float32: the mean of some columns takes fewer operations.
@@ -298,17 +302,17 @@ def centered(x: Any, spec: NormSpec) -> tuple[Any, Any, tuple[Any, ...]]:
     c = x - rough
     total = _sum(c)
     correction = _share(total, features)
-    r = _rstd_over_norm(_sum(c * c), total, features, spec)
-    return c - correction, r, (rough, correction)
+    squares = _around_the_mean(_sum(c * c), total, features, spec)
+    return c - correction, squares, (rough, correction)
 
 
-def _moments(means: Any, r: Any, norm: float, diagonals: Diagonals) -> Moments:
-    """As diagonals; the mean in two words, if it is the sum of two; `rstd = r * norm`."""
+def _moments(means: Any, squares: Any, norm: float, diagonals: Diagonals) -> Moments:
+    """As diagonals; the mean in two words, if it is the sum of two."""
     words: list[Any] = [diagonals.gather(mean) for mean in means]
     if len(words) == 2:
         words = list(_equations._two_sum(*words))
     mean, mean_low = (words + [None, None])[:2]
-    return Moments(mean, mean_low, diagonals.gather(r) * norm)
+    return Moments(mean, mean_low, lax.rsqrt(diagonals.gather(squares)) * norm)
 
 
 def _sum(x: Any) -> Any:
@@ -330,14 +334,23 @@ def _share(total: Any, features: int) -> Any:
     return total * (1 / features)
 
 
-def _rstd_over_norm(squares: Any, total: Any, features: int, spec: NormSpec) -> Any:
-    """`rstd / sqrt(features)`, from the sums of `c * c` and, but where it is 0, of `c`.
+def _around_the_mean(squares: Any, total: Any, features: int, spec: NormSpec) -> Any:
+    """`features / rstd**2`, from the sums of `c * c` and, but where it is 0, of `c`.
 
-    0 where the squares overflow.
+    Infinite where the squares overflow.
     """
     if total is not None:
         largest = jnp.finfo(jnp.float32).max
         total = total * (1 / math.sqrt(features))
         less = squares - jnp.minimum(total * total, largest)
         squares = jnp.where(less < 0, 0.0, less)  # and NaN stays NaN
-    return lax.rsqrt(squares + spec.epsilon * features)
+    return squares + spec.epsilon * features
+
+
+def _rsqrt_for_half(squares: Any) -> Any:
+    """`rsqrt`, to about 1e-5, for `y` in bfloat16.
+
+    Some chips take one operation for a first guess at `rsqrt` and nine to refine it; here
+    all take two, and two multiplications.
+    """
+    return lax.exp2(lax.log(squares) * (-0.5 / math.log(2)))
