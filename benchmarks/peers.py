@@ -39,11 +39,18 @@ def flax(
     return norm.apply({"params": dict(params)}, x)
 
 
-def tokamax(params: Mapping[str, Any], x: jax.Array) -> jax.Array:
+def tokamax(
+    params: Mapping[str, Any], x: jax.Array, *, implementation: Any = "xla"
+) -> jax.Array:
     import tokamax
 
-    scale, bias = params["scale"], params["bias"]
-    return tokamax.layer_norm(x, scale, bias, epsilon=EPSILON, implementation="xla")
+    return tokamax.layer_norm(
+        x,
+        params["scale"],
+        params["bias"],
+        epsilon=EPSILON,
+        implementation=implementation,
+    )
 
 
 def equinox(params: Mapping[str, Any], x: jax.Array) -> jax.Array:
