@@ -74,6 +74,8 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
 
 Fence = Callable[["Array"], "Array"]
+SumRows = Callable[["Array", int], "Array"]
+"""The sum over so many first axes."""
 GUESS_FROM = 8  # elements, of which the mean is a guess at that of a row
 Shape = tuple[Any, ...]  # of integers, or of symbolic dimensions under `jax.export`
 
@@ -205,12 +207,14 @@ def backward(
     spec: NormSpec,
     scale_shape: Shape | None,
     bias_shape: Shape | None,
+    sum_rows: SumRows = lambda x, leading: jnp.sum(x, range(leading)),
 ) -> Backward:
     """Cotangents of `forward`'s arguments, from what it was given and `moments`.
 
     With a residual, `x` is the sum, `dtotal` its cotangent, and `dx` the cotangent of
     both summands. `dscale` and `dbias` have the shapes given, None where there is no
-    such parameter, and are left in the dtype they are summed in.
+    such parameter, and are left in the dtype they are summed in. `sum_rows` takes these
+    sums: `jnp.sum`, or what a compiler does better with.
     """
     compute = compute_dtype(x.dtype)
     keep = _keep(mask, x.ndim)
@@ -254,8 +258,11 @@ def backward(
     if dtotal is not None:
         dx = dx + dtotal.astype(compute)
 
-    dscale = None if scale_shape is None else _sum_to_shape(dy * x_hat, scale_shape)
-    dbias = None if bias_shape is None else _sum_to_shape(dy, bias_shape)
+    dscale = dbias = None
+    if scale_shape is not None:
+        dscale = _sum_to_shape(dy * x_hat, scale_shape, sum_rows)
+    if bias_shape is not None:
+        dbias = _sum_to_shape(dy, bias_shape, sum_rows)
     return Backward(dx.astype(x.dtype), dscale, dbias)
 
 
@@ -440,11 +447,11 @@ def _broadcastable(param: Array, ndim: int) -> Array:
     return lax.expand_dims(param, range(ndim - param.ndim))
 
 
-def _sum_to_shape(x: Float[Array, "*shape"], shape: Shape) -> Array:
+def _sum_to_shape(x: Float[Array, "*shape"], shape: Shape, sum_rows: SumRows) -> Array:
     """Sums `x` over the axes along which an array of `shape` was broadcast to it."""
     leading = x.ndim - len(shape)
     kept_as_one = [
         leading + i for i, n in enumerate(shape) if n == 1 and x.shape[leading + i] != 1
     ]
     x = jnp.sum(x, kept_as_one, keepdims=True) if kept_as_one else x
-    return jnp.sum(x, range(leading)) if leading else x
+    return sum_rows(x, leading) if leading else x

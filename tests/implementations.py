@@ -12,20 +12,23 @@ NAMES = tuple(KERNELS)
 chosen = {}  # set by the fixture `implementation`
 
 
-class XlaAsOnTpu:
-    """The form that XLA is given on TPU, on the CPU."""
+class XlaAsOn:
+    """The form that XLA is given on another platform, on the CPU."""
 
     platforms = ("cpu",)
     unsupported = not_default = staticmethod(xla.unsupported)
 
+    def __init__(self, platform):
+        self.platform = platform
+
     def forward(self, problem):
-        return xla.forward(problem._replace(platform="tpu"))
+        return xla.forward(problem._replace(platform=self.platform))
 
     def backward(self, problem):
-        return xla.backward(problem._replace(platform="tpu"))
+        return xla.backward(problem._replace(platform=self.platform))
 
 
-FORMS = {"xla_as_on_tpu": XlaAsOnTpu()}  # no implementations, but forms of one
+FORMS = {"xla_as_on_tpu": XlaAsOn("tpu")}  # no implementations, but forms of one
 
 
 @functools.cache

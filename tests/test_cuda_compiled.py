@@ -24,8 +24,10 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("shape", ("8192x4096", "32768x128", "4096x768"))
-def test_on_cuda_the_norm_moves_no_more_bytes_than_flaxs(shape, tmp_path):
+@pytest.mark.parametrize(
+    ("shape", "joint"), (("8192x4096", 1.0), ("32768x128", 1.0), ("4096x768", 0.79))
+)
+def test_on_cuda_the_norm_moves_no_more_bytes_than_flaxs(shape, joint, tmp_path):
     """In one jit, in a block, in scanned layers: `benchmarks/programs.py`."""
     results = tmp_path / "results.json"
     subprocess.run(
@@ -40,4 +42,5 @@ def test_on_cuda_the_norm_moves_no_more_bytes_than_flaxs(shape, tmp_path):
     ours = [case for case in cases if case["norm"] == "ours"]
     assert len(ours) == 6
     for case in ours:  # the third number a row makes the thousandth
-        assert case["over flax"] <= 1.001, case
+        most = joint if case["program"] == "joint" else 1
+        assert case["over flax"] <= most + 0.001, case

@@ -4,18 +4,25 @@ Left alone, XLA on CPU and GPU computes the mean of a row again in each fusion t
 uses it, for every element; and it sees in the backward pass what the forward pass has
 computed from the same `x`, and keeps that in memory in place of `x`. An optimization
 barrier around the mean ends the one, one around the cotangents the other: all that
-depends on them stays where it is, and the rest is free to share passes over `x`. A TPU
-program fuses well and has no barrier; there the statistics are taken in one pass over
-`x`, so that no program reads it more often than with `E[x^2] - E[x]^2`.
+depends on them stays where it is, and the rest is free to share passes over `x`.
+
+On GPU `dscale` and `dbias` are summed in two steps. In one, of up to some 4096 rows, XLA
+takes them by a few of the processor's cores, and writes `dy * x_hat` to memory in float32
+before; the sums of parts of the rows are one pass with `dx`.
+
+A TPU program fuses well and has no barrier; there the statistics are taken in one pass
+over `x`, so that no program reads it more often than with `E[x^2] - E[x]^2`.
 `benchmarks/compile_only.py` counts the bytes.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 from jax import lax
 
 from jax_layernorm import _equations
@@ -23,6 +30,11 @@ from jax_layernorm._kernel_op import PLATFORMS, Problem
 
 platforms = PLATFORMS
 FENCED_PLATFORMS = ("cpu", "cuda", "rocm")
+GPUS = ("cuda", "rocm")
+PARTS = 32
+"""Of the rows, at the least: work for a whole GPU."""
+PART_ROWS = (8, 256)
+"""The least and the most. Parts of 512 XLA sums in its own way again."""
 
 
 def unsupported(problem: Problem) -> str | None:
@@ -46,7 +58,24 @@ def forward(problem: Problem) -> Callable[..., _equations.Forward]:
 def backward(problem: Problem) -> Callable[..., _equations.Backward]:
     if problem.platform not in FENCED_PLATFORMS:
         return _equations.backward
+    if problem.platform in GPUS and not problem.partitioned:
+        # Parts that straddle devices would have to be exchanged.
+        return functools.partial(_backward_of_fenced_cotangents, sum_rows=sum_in_parts)
     return _backward_of_fenced_cotangents
+
+
+def sum_in_parts(x: Any, leading: int) -> Any:
+    """The sum over so many first axes; where a power of two divides them, in two steps."""
+    rows = math.prod(x.shape[:leading])
+    least, most = PART_ROWS
+    part = 0
+    if isinstance(rows, int) and rows >= PARTS * least:  # an int, or it is symbolic
+        part = math.gcd(rows, min(most, 1 << (rows // PARTS).bit_length() - 1))
+    if part < least:
+        return jnp.sum(x, range(leading))
+    parts = jnp.sum(x.reshape(rows // part, part, *x.shape[leading:]), 1)
+    # Or XLA makes one sum of the two.
+    return jnp.sum(lax.optimization_barrier(parts), 0)
 
 
 def _backward_of_fenced_cotangents(

@@ -1,0 +1,85 @@
+"""The form that XLA is given on a GPU, and what it computes, on the CPU."""
+
+import functools
+
+import implementations
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jax_layernorm as jln
+from jax_layernorm._kernels import xla
+
+IN_PARTS = (
+    ((8192, 16), 256),
+    ((2, 2048, 16), 128),
+    ((1000, 16), 8),
+    ((4, 3, 64, 16), 16),
+)
+IN_ONE = ((4097, 16), (255, 16), (126, 2, 16), (1, 16), (0, 16))
+
+
+def sum_of(shape, leading):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), "float32")
+    run = jax.jit(functools.partial(xla.sum_in_parts, leading=leading))
+    expected = np.sum(np.asarray(x, "float64"), tuple(range(leading)))
+    np.testing.assert_allclose(run(x), expected, rtol=0, atol=1e-5 * (1 + x.shape[0]))
+    return run.lower(x).as_text()
+
+
+@pytest.mark.parametrize(("shape", "part"), IN_PARTS, ids=str)
+def test_rows_are_summed_in_parts_where_a_power_of_two_divides_them(shape, part):
+    parts = np.prod(shape[:-1]) // part
+    assert parts >= xla.PARTS
+    assert f"tensor<{parts}x{part}x16xf32>" in sum_of(shape, len(shape) - 1)
+
+
+@pytest.mark.parametrize("shape", IN_ONE, ids=str)
+def test_and_elsewhere_at_once(shape):
+    assert "optimization_barrier" not in sum_of(shape, len(shape) - 1)
+
+
+def value_and_gradients(params, x, dy, **options):
+    y, pullback = jax.vjp(functools.partial(jln.layer_norm, **options), params, x)
+    return y, *pullback(dy)
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("shape", ((2, 256, 96), (1000, 24), (257, 40)), ids=str)
+def test_gradients_of_the_form_for_gpus_are_right(shape, dtype, monkeypatch):
+    form = implementations.XlaAsOn("cuda")
+    monkeypatch.setitem(implementations.KERNELS, "xla_as_on_cuda", form)
+    rng = np.random.default_rng(0)
+    x, dy = (jnp.asarray(a, dtype) for a in rng.normal(size=(2, *shape)))
+    scale, bias = rng.normal(size=(2, shape[-1]))
+    params = {
+        "scale": jnp.asarray(scale, "float32"),
+        "bias": jnp.asarray(bias, "float32"),
+    }
+    run = functools.partial(value_and_gradients, implementation="xla_as_on_cuda")
+    y, dparams, dx = jax.jit(run)(params, x, dy)
+    right = oracle.norm(x, params["scale"], params["bias"], dy)
+    oracle.assert_close(y, right.y, against=right.y_size, computed_in="float32")
+    oracle.assert_close(dx, right.dx, against=right.dx_size)
+    rows = x.size // shape[-1]
+    for name, of in (("scale", right.dscale), ("bias", right.dbias)):
+        size = getattr(right, f"d{name}_size")
+        oracle.assert_close(dparams[name], of, summed=rows, against=size)
+
+
+@pytest.mark.parametrize("platform", ("cuda", "rocm", "tpu"))
+@pytest.mark.parametrize("devices", (1, 2))
+def test_parts_are_for_one_gpu(devices, platform):
+    """Of rows that XLA splits over devices, parts would have to be exchanged."""
+    mesh = jax.make_mesh((devices,), ("data",), (AxisType.Auto,))
+    rows = NamedSharding(mesh, P("data"))
+    x = jax.ShapeDtypeStruct((4096, 40), "float32", sharding=rows)
+    params = jax.eval_shape(lambda: jln.init_params(40))
+    run = functools.partial(value_and_gradients, implementation="xla")
+    lowered = jax.jit(run).trace(params, x, x).lower(lowering_platforms=(platform,))
+    in_parts = "tensor<32x128x40xf32>" in lowered.as_text()
+    assert in_parts == (devices == 1 and platform != "tpu")
