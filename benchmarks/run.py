@@ -228,7 +228,7 @@ def main(command_line: list[str] | None = None) -> None:
                     (*header, "over ours"),
                     [[*map(c.get, header), ours and c[clock] / ours] for c in cases],
                 )
-    report.write_json(options.json, where, results)
+                report.write_json(options.json, where, results)
 
 
 if __name__ == "__main__":
