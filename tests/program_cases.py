@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import export, lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -205,8 +206,14 @@ def exported_with_a_symbolic_batch(norm):
 # Sharding: two devices, the batch split between them.
 
 
+def mesh_of_two(axis_type):
+    if jax.device_count() < 2:
+        pytest.skip("it takes two devices, and here is one")
+    return jax.make_mesh((2,), ("data",), axis_types=(axis_type,))
+
+
 def over_two_devices(function, out_specs, **options):
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = mesh_of_two(AxisType.Auto)
     specs = {"in_specs": (P(), P("data")), "out_specs": out_specs}
     return jax.shard_map(function, mesh=mesh, **specs, **options)
 
@@ -255,7 +262,7 @@ def jvp_of_shard_map(norm):
 
 def explicitly_sharded(function, *arguments):
     """`function` of arrays whose types carry a sharding; those of rank 3 are split."""
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    mesh = mesh_of_two(AxisType.Explicit)
     with jax.set_mesh(mesh):
 
         def put(array):
@@ -285,7 +292,7 @@ def jvp_with_explicit_sharding(norm):
 
 @case
 def grad_with_automatic_sharding(norm):
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    mesh = mesh_of_two(AxisType.Auto)
     put = functools.partial(jax.device_put, device=NamedSharding(mesh, P()))
     x = jax.device_put(X_SHARDED, NamedSharding(mesh, P("data")))
     gradients = jax.jit(jax.grad(unweighted_loss_of(norm), BOTH))

@@ -303,7 +303,7 @@ def test_what_it_cannot_run_is_told_at_lowering(shape, dtype, reason):
 
 @pytest.mark.parametrize(
     ("features", "kernels"),
-    ((1024, 2), (4096, 2), (5120, 2), (768, 0), (1100, 0), (5248, 0)),
+    ((768, 2), (4096, 2), (8192, 2), (640, 0), (1100, 0), (8320, 0)),
 )
 def test_it_is_the_default_where_it_is_measured(features, kernels):
     x = jax.ShapeDtypeStruct((64, features), "bfloat16")

@@ -40,7 +40,7 @@ VMEM_BYTES = 15 << 20
 PARAMETER_BYTES = 80
 """For each feature: scale and bias, twice, and eight rows of the gradient of each."""
 WIDEST = 32768
-MEASURED = range(1024, 5120 + 1)
+MEASURED = range(768, 8192 + 1)
 """Features with which decoders gain over the XLA form: `benchmarks/tpu_layers.py`."""
 
 
