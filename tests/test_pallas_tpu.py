@@ -18,7 +18,7 @@ from jax import export, lax
 
 import jax_layernorm as jln
 from jax_layernorm import _kernels
-from jax_layernorm._kernels import _tpu_backward, _tpu_blocks, pallas_tpu
+from jax_layernorm._kernels import _tpu_backward, _tpu_blocks, _tpu_forward, pallas_tpu
 
 FUNCTIONS = (jln.layer_norm, jln.rms_norm)
 DTYPES = ("float32", "bfloat16")
@@ -190,6 +190,15 @@ def test_statistics_are_right(features, rows, dtype, interpreted):
     assert mean.dtype == rstd.dtype == jnp.float32
     oracle.assert_close(mean, expected.mean, against=expected.mean_size)
     oracle.assert_close(rstd, expected.rstd)
+
+
+def test_the_rsqrt_for_bfloat16_is_right_to_a_part_of_its_last_place():
+    squares = np.geomspace(1e-37, 3e38, 1000, dtype="float32")
+    right = 1 / np.sqrt(squares.astype("float64"))
+    np.testing.assert_allclose(_tpu_forward._rsqrt_for_half(squares), right, rtol=1e-5)
+    special = np.array([0, np.inf, np.nan], "float32")
+    expected = [np.inf, 0, np.nan]
+    np.testing.assert_array_equal(_tpu_forward._rsqrt_for_half(special), expected)
 
 
 def test_few_rows_are_computed_once(monkeypatch):
