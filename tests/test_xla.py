@@ -83,3 +83,24 @@ def test_parts_are_for_one_gpu(devices, platform):
     lowered = jax.jit(run).trace(params, x, x).lower(lowering_platforms=(platform,))
     in_parts = "tensor<32x128x40xf32>" in lowered.as_text()
     assert in_parts == (devices == 1 and platform != "tpu")
+
+
+@pytest.mark.parametrize("check_vma", (True, False))
+def test_each_device_of_a_shard_map_sums_its_rows_in_parts(check_vma):
+    mesh = jax.make_mesh((2,), ("data",), (AxisType.Auto,))
+    x = jax.ShapeDtypeStruct((8192, 40), "float32")
+    params = jax.eval_shape(lambda: jln.init_params(40))
+
+    def gradients(params, x, dy):
+        _, dparams, _ = value_and_gradients(params, x, dy, implementation="xla")
+        return jax.lax.psum(dparams, "data") if not check_vma else dparams
+
+    sharded = jax.shard_map(
+        gradients,
+        mesh=mesh,
+        in_specs=(P(), P("data"), P("data")),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+    lowered = jax.jit(sharded).trace(params, x, x).lower(lowering_platforms=("cuda",))
+    assert "tensor<32x128x40xf32>" in lowered.as_text()
