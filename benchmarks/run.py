@@ -182,7 +182,7 @@ def measure(
     jitted = jax.jit(function)
     device, wall = timed(jitted, given, calls)
     floor = FLOORS[program]
-    array = shape.rows * shape.features * dtype.itemsize
+    array = sets[0][1].nbytes
     result = {
         "shape": str(shape),
         "dtype": dtype.name,

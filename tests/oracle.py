@@ -147,3 +147,24 @@ def assert_close(actual, expected, *, summed=1, against=None, computed_in=None):
     unit = own / 2 + compute * (4 + 0.5 * np.sqrt(summed)) + 8 * oracle
     excess = np.abs(actual.astype(expected.dtype) - expected) / (size * unit + 1e-300)
     assert np.max(excess, initial=0) <= 1, f"{np.max(excess):.3g} times the tolerance"
+
+
+def assert_right(out, params, x, dy, dtotal=None, **options):
+    """`out` is `y`, the parameters' gradients and `dx`, computed in float32."""
+    y, dparams, dx = out
+    expected = norm(x, params.get("scale"), params.get("bias"), dy, **options)
+    assert y.dtype == dy.dtype and dx.dtype == x.dtype
+    assert_close(y, expected.y, against=expected.y_size, computed_in="float32")
+    right, size = expected.dx, expected.dx_size
+    if dtotal is not None:
+        right = right + np.asarray(dtotal, np.float64)
+        size = size + np.max(np.abs(right), -1, keepdims=True)
+    assert_close(dx, right, against=size)
+    rows = x.size // x.shape[-1]
+    for name in params:
+        assert_close(
+            dparams[name],
+            getattr(expected, f"d{name}"),
+            summed=rows,
+            against=getattr(expected, f"d{name}_size"),
+        )

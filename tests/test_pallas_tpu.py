@@ -79,26 +79,6 @@ def draw(shape, *, offset=0.0, dtype="float32", seed=0):
     return params, *whole
 
 
-def assert_right(out, params, x, dy, dtotal=None, **options):
-    y, dparams, dx = out
-    expected = oracle.norm(x, params.get("scale"), params.get("bias"), dy, **options)
-    assert y.dtype == dy.dtype and dx.dtype == x.dtype
-    oracle.assert_close(y, expected.y, against=expected.y_size, computed_in="float32")
-    right, size = expected.dx, expected.dx_size
-    if dtotal is not None:
-        right = right + np.asarray(dtotal, np.float64)
-        size = size + np.max(np.abs(right), -1, keepdims=True)
-    oracle.assert_close(dx, right, against=size)
-    rows = x.size // x.shape[-1]
-    for name in params:
-        oracle.assert_close(
-            dparams[name],
-            getattr(expected, f"d{name}"),
-            summed=rows,
-            against=getattr(expected, f"d{name}_size"),
-        )
-
-
 def value_and_gradients(function, params, x, dy, **options):
     def run(params, x, dy):
         norm = functools.partial(function, implementation="pallas_tpu", **options)
@@ -115,7 +95,7 @@ def test_values_and_gradients_are_right(function, dtype, shape, interpreted):
     params, x, _, dy, _ = draw(shape, dtype=dtype)
     out = value_and_gradients(function, params, x, dy)
     assert interpreted.ran == ["forward", "backward"]
-    assert_right(out, params, x, dy, center=function is jln.layer_norm)
+    oracle.assert_right(out, params, x, dy, center=function is jln.layer_norm)
 
 
 @pytest.mark.parametrize("at_once", (0, _tpu_backward.AT_ONCE))
@@ -131,7 +111,7 @@ def test_blocks_of_a_few_rows_find_their_statistics(
     x = x * jnp.arange(1.0, 1 + rows)[:, None]
     out = value_and_gradients(jln.layer_norm, params, x, dy)
     assert interpreted.ran == ["forward", "backward"]
-    assert_right(out, params, x, dy)
+    oracle.assert_right(out, params, x, dy)
 
 
 @pytest.mark.parametrize("offset", OFFSETS)
@@ -141,7 +121,7 @@ def test_offset_costs_no_accuracy(shape, dtype, offset, interpreted):
     params, x, _, dy, _ = draw(shape, offset=offset, dtype=dtype)
     out = value_and_gradients(jln.layer_norm, params, x, dy)
     assert interpreted.ran == ["forward", "backward"]
-    assert_right(out, params, x, dy)
+    oracle.assert_right(out, params, x, dy)
 
 
 def test_scale_offset_dtype_and_missing_parameters_count(interpreted):
@@ -152,7 +132,7 @@ def test_scale_offset_dtype_and_missing_parameters_count(interpreted):
         out = value_and_gradients(
             jln.layer_norm, own, x, dy, dtype=jnp.float32, epsilon=1e-3, **offset
         )
-        assert_right(out, own, x, dy, epsilon=1e-3, **offset)
+        oracle.assert_right(out, own, x, dy, epsilon=1e-3, **offset)
     assert interpreted.ran == ["forward", "backward"] * 4
 
 
@@ -172,7 +152,7 @@ def test_residual_is_added_in_both_passes(features, dtype, interpreted):
     y, total, dparams, dx, dresidual = run(params, x, residual, dy, dtotal)
     assert interpreted.ran == ["forward", "backward"]
     np.testing.assert_array_equal(total, residual + x.astype("float32"))
-    assert_right((y, dparams, dresidual), params, total, dy, dtotal)
+    oracle.assert_right((y, dparams, dresidual), params, total, dy, dtotal)
     np.testing.assert_array_equal(dx, dresidual.astype(dtype))
 
 
@@ -238,7 +218,7 @@ def test_epsilon_may_be_0(features, dtype, interpreted):
     """Also where rows past the end have no variance."""
     params, x, _, dy, _ = draw((37, features), dtype=dtype)
     out = value_and_gradients(jln.layer_norm, params, x, dy, epsilon=0.0)
-    assert_right(out, params, x, dy, epsilon=0.0)
+    oracle.assert_right(out, params, x, dy, epsilon=0.0)
 
 
 @pytest.mark.parametrize("features", (256, 2304))
@@ -265,11 +245,11 @@ def test_vmap_and_scan_keep_the_kernel(interpreted):
 
     out = mapped(x, dy)
     assert interpreted.ran == ["forward", "backward"]
-    assert_right(out, {}, x, dy)
+    oracle.assert_right(out, {}, x, dy)
     y, dparams, dx = lax.scan(step, None, (x, dy))[1]
     for i in range(len(x)):
         each = jax.tree.map(lambda a, i=i: a[i], (y, dparams, dx))
-        assert_right(each, params, x[i], dy[i])
+        oracle.assert_right(each, params, x[i], dy[i])
     assert interpreted.ran == ["forward", "backward"] * 2
 
 

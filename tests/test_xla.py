@@ -27,7 +27,7 @@ def sum_of(shape, leading):
     x = jnp.asarray(np.random.default_rng(0).normal(size=shape), "float32")
     run = jax.jit(functools.partial(xla.sum_in_parts, leading=leading))
     expected = np.sum(np.asarray(x, "float64"), tuple(range(leading)))
-    np.testing.assert_allclose(run(x), expected, rtol=0, atol=1e-5 * (1 + x.shape[0]))
+    np.testing.assert_allclose(run(x), expected, rtol=0, atol=1e-3)
     return run.lower(x).as_text()
 
 
@@ -61,14 +61,7 @@ def test_gradients_of_the_form_for_gpus_are_right(shape, dtype, monkeypatch):
         "bias": jnp.asarray(bias, "float32"),
     }
     run = functools.partial(value_and_gradients, implementation="xla_as_on_cuda")
-    y, dparams, dx = jax.jit(run)(params, x, dy)
-    right = oracle.norm(x, params["scale"], params["bias"], dy)
-    oracle.assert_close(y, right.y, against=right.y_size, computed_in="float32")
-    oracle.assert_close(dx, right.dx, against=right.dx_size)
-    rows = x.size // shape[-1]
-    for name, of in (("scale", right.dscale), ("bias", right.dbias)):
-        size = getattr(right, f"d{name}_size")
-        oracle.assert_close(dparams[name], of, summed=rows, against=size)
+    oracle.assert_right(jax.jit(run)(params, x, dy), params, x, dy)
 
 
 @pytest.mark.parametrize("platform", ("cuda", "rocm", "tpu"))

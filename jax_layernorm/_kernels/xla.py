@@ -29,8 +29,8 @@ from jax_layernorm import _equations
 from jax_layernorm._kernel_op import PLATFORMS, Problem
 
 platforms = PLATFORMS
-FENCED_PLATFORMS = ("cpu", "cuda", "rocm")
 GPUS = ("cuda", "rocm")
+FENCED_PLATFORMS = ("cpu", *GPUS)
 PARTS = 32
 """Of the rows, at the least: work for a whole GPU."""
 PART_ROWS = (8, 256)
@@ -69,7 +69,7 @@ def sum_in_parts(x: Any, leading: int) -> Any:
     rows = math.prod(x.shape[:leading])
     least, most = PART_ROWS
     part = 0
-    if isinstance(rows, int) and rows >= PARTS * least:  # an int, or it is symbolic
+    if isinstance(rows, int) and rows >= PARTS * least:  # it may be symbolic
         part = math.gcd(rows, min(most, 1 << (rows // PARTS).bit_length() - 1))
     if part < least:
         return jnp.sum(x, range(leading))
