@@ -30,7 +30,7 @@ $(VENV)/bin/python:
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 
 # One stamp for each group of dependencies in pyproject.toml.
-$(VENV)/.%: $(VENV)/bin/python pyproject.toml CMakeLists.txt $(wildcard jax_layernorm/_kernels/*.cc jax_layernorm/_kernels/*.h)
+$(VENV)/.%: $(VENV)/bin/python pyproject.toml CMakeLists.txt $(wildcard jax_layernorm/_kernels/*/*.cc jax_layernorm/_kernels/*/*.h)
 	$(BIN)/python -m pip install --quiet --editable '.[flax]' --group $*
 	@touch $@
 
@@ -51,7 +51,7 @@ test: $(VENV)/.test $(VENV)/.minilm
 # In an environment of its own: where libtpu is installed, JAX looks for a TPU.
 compiled:
 	$(MAKE) VENV=$(VENV)-compiled $(VENV)-compiled/.compiled $(VENV)-compiled/.cuda
-	JAX_PLATFORMS=cpu $(VENV)-compiled/bin/pytest -rs tests/test_tpu_compiled.py tests/test_cuda_compiled.py $(ARGS)
+	JAX_PLATFORMS=cpu $(VENV)-compiled/bin/pytest -rs tests/kernels/test_tpu_compiled.py tests/kernels/test_cuda_compiled.py $(ARGS)
 
 # The compiler for CUDA: jax's plugin and five of the wheels that it asks for, of which
 # there are many more for running.

@@ -6,8 +6,8 @@
 
 #include <cstdint>
 
-#include "native_cpu_rows.h"
-#include "native_cpu_threads.h"
+#include "rows.h"
+#include "threads.h"
 
 namespace jax_layernorm {
 

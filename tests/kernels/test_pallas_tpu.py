@@ -18,7 +18,8 @@ from jax import export, lax
 
 import jax_layernorm as jln
 from jax_layernorm import _kernels
-from jax_layernorm._kernels import _tpu_backward, _tpu_blocks, _tpu_forward, pallas_tpu
+from jax_layernorm._kernels import pallas_tpu
+from jax_layernorm._kernels.pallas_tpu import _backward, _blocks, _forward
 
 FUNCTIONS = (jln.layer_norm, jln.rms_norm)
 DTYPES = ("float32", "bfloat16")
@@ -61,8 +62,8 @@ def interpreted(monkeypatch, quick_compilation):
     monkeypatch.setitem(_kernels.KERNELS, "pallas_tpu", kernel)
     jax.clear_caches()
     # Interpreted as array operations. Scratch memory and rows past the end hold NaN.
-    call = functools.partial(_tpu_blocks.pl.pallas_call, interpret=True)
-    monkeypatch.setattr(_tpu_blocks.pl, "pallas_call", call)
+    call = functools.partial(_blocks.pl.pallas_call, interpret=True)
+    monkeypatch.setattr(_blocks.pl, "pallas_call", call)
     yield kernel
     jax.clear_caches()
 
@@ -98,15 +99,15 @@ def test_values_and_gradients_are_right(function, dtype, shape, interpreted):
     oracle.assert_right(out, params, x, dy, center=function is jln.layer_norm)
 
 
-@pytest.mark.parametrize("at_once", (0, _tpu_backward.AT_ONCE))
+@pytest.mark.parametrize("at_once", (0, _backward.AT_ONCE))
 @pytest.mark.parametrize("rows", (33, 290))
 def test_blocks_of_a_few_rows_find_their_statistics(
     rows, at_once, interpreted, monkeypatch
 ):
     """As those of very wide rows: a few, or all of them, have theirs read at once."""
     features = 2304
-    monkeypatch.setattr(_tpu_backward, "AT_ONCE", at_once)
-    monkeypatch.setattr(_tpu_blocks, "BLOCK_BYTES", 32 * features * 4)
+    monkeypatch.setattr(_backward, "AT_ONCE", at_once)
+    monkeypatch.setattr(_blocks, "BLOCK_BYTES", 32 * features * 4)
     params, x, _, dy, _ = draw((rows, features), offset=10)
     x = x * jnp.arange(1.0, 1 + rows)[:, None]
     out = value_and_gradients(jln.layer_norm, params, x, dy)
@@ -175,21 +176,21 @@ def test_statistics_are_right(features, rows, dtype, interpreted):
 def test_the_rsqrt_for_bfloat16_is_right_to_a_part_of_its_last_place():
     squares = np.geomspace(1e-37, 3e38, 1000, dtype="float32")
     right = 1 / np.sqrt(squares.astype("float64"))
-    np.testing.assert_allclose(_tpu_forward._rsqrt_for_half(squares), right, rtol=1e-5)
+    np.testing.assert_allclose(_forward._rsqrt_for_half(squares), right, rtol=1e-5)
     special = np.array([0, np.inf, np.nan], "float32")
     expected = [np.inf, 0, np.nan]
-    np.testing.assert_array_equal(_tpu_forward._rsqrt_for_half(special), expected)
+    np.testing.assert_array_equal(_forward._rsqrt_for_half(special), expected)
 
 
 def test_few_rows_are_computed_once(monkeypatch):
     """And not again until there are statistics of 128, to fill a register."""
-    grids, call = [], _tpu_blocks.call
+    grids, call = [], _blocks.call
 
     def noted(*args, grid, **options):
         grids.append(grid)
         return call(*args, grid=grid, **options)
 
-    monkeypatch.setattr(_tpu_blocks, "call", noted)
+    monkeypatch.setattr(_blocks, "call", noted)
     norm = functools.partial(jln.layer_norm, {}, return_statistics=True)
     for rows, blocks in ((1, 1), (16, 1), (1024, 8)):
         lowered(norm, jax.ShapeDtypeStruct((rows, 4096), "bfloat16"))

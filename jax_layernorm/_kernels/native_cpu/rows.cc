@@ -9,8 +9,8 @@
 #include <cmath>
 #include <type_traits>
 
-#include "native_cpu_rows.h"
-#include "native_cpu_simd.h"
+#include "rows.h"
+#include "simd.h"
 
 namespace jax_layernorm {
 namespace {

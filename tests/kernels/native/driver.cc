@@ -17,7 +17,7 @@
 #include <thread>
 #include <vector>
 
-#include "native_cpu_norm.h"
+#include "norm.h"
 
 using namespace jax_layernorm;
 using Real = long double;

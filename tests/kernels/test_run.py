@@ -7,7 +7,7 @@ import sys
 import jax
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 run = pytest.importorskip("benchmarks.run", reason="no benchmarks here")
 
 

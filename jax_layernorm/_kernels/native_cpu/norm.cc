@@ -1,4 +1,4 @@
-#include "native_cpu_norm.h"
+#include "norm.h"
 
 #include <algorithm>
 #include <cstring>

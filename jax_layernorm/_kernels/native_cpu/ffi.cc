@@ -1,5 +1,5 @@
 // The norm as handlers of XLA's foreign function interface (FFI). This file reads and
-// checks what XLA passes; native_cpu_norm.cc computes.
+// checks what XLA passes; norm.cc computes.
 //
 // Which arrays there are is told by `has`, a letter for each of those that may be absent,
 // and they come in the order of the fields below.
@@ -15,7 +15,7 @@
 #include <string_view>
 #include <utility>
 
-#include "native_cpu_norm.h"
+#include "norm.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_layernorm {

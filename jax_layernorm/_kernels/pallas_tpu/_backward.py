@@ -12,8 +12,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jax_layernorm._equations import Moments, NormSpec
-from jax_layernorm._kernels import _tpu_blocks, _tpu_forward
-from jax_layernorm._kernels._tpu_blocks import (
+from jax_layernorm._kernels.pallas_tpu import _blocks, _forward
+from jax_layernorm._kernels.pallas_tpu._blocks import (
     CORES,
     LANES,
     MIN_ROWS,
@@ -55,11 +55,11 @@ def backward(
     if x.dtype != jnp.float32:  # see the accuracy notes in `pallas_tpu`
         given = moments._replace(mean_low=None)
     whole = [a.dtype.itemsize for a in (x, dy, dtotal, x) if a is not None]
-    if _tpu_blocks.is_narrow(features):
+    if _blocks.is_narrow(features):
         given = Moments(None, None, moments.rstd)  # deviations are computed again
-    cut = _tpu_blocks.blocks(rows, features, whole, STEP, backward=True)
+    cut = _blocks.blocks(rows, features, whole, STEP, backward=True)
     if cut.shared > 1 and rows <= AT_ONCE:
-        every = _tpu_blocks.round_up(rows, LANES)
+        every = _blocks.round_up(rows, LANES)
         cut = cut._replace(shared=every // cut.rows)
     count = pl.cdiv(rows, cut.rows)
     steps = pl.cdiv(count, min(CORES, count))
@@ -77,7 +77,7 @@ def backward(
     parameter_spec = pl.BlockSpec((1, features), lambda i, j: (0, 0))
     sum_spec = pl.BlockSpec((1, SUBLANES, features), lambda i, j: (i, 0, 0))
     sums = jax.ShapeDtypeStruct((cores, SUBLANES, features), jnp.float32)
-    wide = _tpu_blocks.is_wide(features)
+    wide = _blocks.is_wide(features)
     scratch: list[Any] = []
     if wide:
         per_row = pltpu.VMEM((cut.rows, LANES), jnp.float32)
@@ -85,7 +85,7 @@ def backward(
         row = pltpu.VMEM((cut.rows, features), jnp.float32)
         scratch = [RowSums(kept, per_row, per_row), row, row]
     kernel = _wide_kernel if wide else _backward_kernel
-    dx, dscale, dbias = _tpu_blocks.call(
+    dx, dscale, dbias = _blocks.call(
         functools.partial(
             kernel, spec=spec, blocks=cut, rows=rows, steps=steps, count=count
         ),
@@ -158,7 +158,7 @@ def _backward_kernel(
     gamma = None if scale_ref is None else scale_ref[...] + spec.scale_offset
     gamma_share = share if gamma is None else gamma * share
     given = jax.tree.leaves(moments_ref)
-    narrow = _tpu_blocks.is_narrow(features)
+    narrow = _blocks.is_narrow(features)
     means_of_g = None
     if narrow and dy_ref.dtype == jnp.bfloat16:
         shares = jnp.broadcast_to(gamma_share, (features, features))
@@ -172,10 +172,10 @@ def _backward_kernel(
         def step(first: Any, here: Any) -> None:
             dy = dy_ref[here, :].astype(jnp.float32)
             if narrow:
-                x, *_ = _tpu_forward.centered(x_ref[here, :], spec)
+                x, *_ = _forward.centered(x_ref[here, :], spec)
             else:
                 x = x_ref[here, :].astype(jnp.float32)
-            of_step = _tpu_blocks.Diagonals(offset + first, blocks.step)
+            of_step = _blocks.Diagonals(offset + first, blocks.step)
             statistics = [of_step.read(ref, features) for ref in given]
             if rows % blocks.rows:
                 # Rows past the end hold anything, NaN too: select, do not multiply.
@@ -192,7 +192,7 @@ def _backward_kernel(
             # `share` is a factor of gamma here, for one multiplication less.
             dx = g - x_hat * jnp.sum(dy_x_hat * gamma_share, 1, keepdims=True)
             if spec.center and means_of_g is not None:
-                dx = dx - _tpu_blocks.product(
+                dx = dx - _blocks.product(
                     jnp.concatenate([dy_ref[here, :]] * 2, 1),
                     means_of_g,
                     transposed=True,
@@ -208,7 +208,7 @@ def _backward_kernel(
                     groups = terms.reshape(-1, SUBLANES, features)
                     ref[0] += jnp.sum(groups, 0)
 
-        _tpu_blocks.in_steps(blocks, step)
+        _blocks.in_steps(blocks, step)
 
     _in_own_blocks(run, (dscale_ref, dbias_ref), steps=steps, count=count)
 
@@ -234,13 +234,13 @@ def _wide_kernel(
 ) -> None:
     """Rows that do not: two passes over tiles of columns, `g` and `x_hat` in between."""
     share = 1 / x_ref.shape[1]
-    tiles = _tpu_blocks.tiles(x_ref.shape, TILE_REGISTERS)
+    tiles = _blocks.tiles(x_ref.shape, TILE_REGISTERS)
     *means, rstd_ref = jax.tree.leaves(sums_ref.given)
 
     def run(block: Any) -> None:
         offset = blocks.offset(block)
         for first in range(0, blocks.rows, LANES):
-            here = _tpu_blocks.Diagonals(offset + first, min(blocks.rows, LANES))
+            here = _blocks.Diagonals(offset + first, min(blocks.rows, LANES))
             for ref, kept_ref in zip(
                 jax.tree.leaves(moments_ref),
                 jax.tree.leaves(sums_ref.given),

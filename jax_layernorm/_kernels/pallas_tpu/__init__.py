@@ -113,12 +113,12 @@ def forward(problem: Problem) -> Callable[..., _equations.Forward]:
         spec: Any,
         with_moments: bool,
     ) -> _equations.Forward:
-        from jax_layernorm._kernels import _tpu_forward  # not before it is needed
+        from jax_layernorm._kernels.pallas_tpu import _forward  # not before it is needed
 
         total_dtype = x.dtype
         if residual is not None:
             total_dtype = jnp.promote_types(x.dtype, residual.dtype)
-        y, total, moments = _tpu_forward.forward(
+        y, total, moments = _forward.forward(
             _matrix(x, rows),
             _matrix(residual, rows),
             _parameter(scale, rows),
@@ -156,10 +156,10 @@ def backward(problem: Problem) -> Callable[..., _equations.Backward]:
         scale_shape: Any,
         bias_shape: Any,
     ) -> _equations.Backward:
-        from jax_layernorm._kernels import _tpu_backward  # not before it is needed
+        from jax_layernorm._kernels.pallas_tpu import _backward  # not before it is needed
 
         per_row = (1, rows.rows)
-        dx, dscale, dbias = _tpu_backward.backward(
+        dx, dscale, dbias = _backward.backward(
             _matrix(x, rows),
             _parameter(scale, rows),
             jax.tree.map(lambda m: m.reshape(per_row), moments),

@@ -1,7 +1,7 @@
 """The CPU kernel as XLA calls it: buffers, threads, processes, versions, export.
 
 Its numbers are tested with those of the other implementations, and in C++ by
-`tests/native/driver.cc` (`make native`).
+`tests/kernels/native/driver.cc` (`make native`).
 """
 
 import functools

@@ -14,8 +14,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jax_layernorm import _equations
 from jax_layernorm._equations import Moments, NormSpec
-from jax_layernorm._kernels import _tpu_blocks
-from jax_layernorm._kernels._tpu_blocks import (
+from jax_layernorm._kernels.pallas_tpu import _blocks
+from jax_layernorm._kernels.pallas_tpu._blocks import (
     LANES,
     MIN_ROWS,
     SUBLANES,
@@ -53,7 +53,7 @@ def forward(
     if residual is not None:
         whole += [(residual.dtype, x), (total_dtype, x)]
     itemsizes = [jnp.dtype(dtype).itemsize for dtype, _ in whole]
-    cut = _tpu_blocks.blocks(rows, features, itemsizes, STEP, backward=False)
+    cut = _blocks.blocks(rows, features, itemsizes, STEP, backward=False)
     count = pl.cdiv(rows, cut.rows)
     shared = min(cut.shared, count) if with_moments else 1
 
@@ -74,14 +74,14 @@ def forward(
     )
     diagonal = pltpu.VMEM((cut.span // LANES * SUBLANES, LANES), jnp.float32)
     moment_specs = jax.tree.map(lambda _: moment_spec, moments)
-    wide = _tpu_blocks.is_wide(features)
+    wide = _blocks.is_wide(features)
     scratch: list[Any] = [None]
     if with_moments:
         scratch = [jax.tree.map(lambda _: diagonal, moments)]
     if wide:
         scratch.append(RowSums(*[pltpu.VMEM((cut.rows, LANES), jnp.float32)] * 3))
     kernel = _wide_kernel if wide else _forward_kernel
-    y, total, moments = _tpu_blocks.call(
+    y, total, moments = _blocks.call(
         functools.partial(kernel, spec=spec, blocks=cut, shared=shared),
         "layer_norm_forward",
         grid=(pl.cdiv(count, shared), shared),
@@ -118,7 +118,7 @@ def _forward_kernel(
 ) -> None:
     norm = math.sqrt(x_ref.shape[1])
     gamma = None if scale_ref is None else (scale_ref[...] + spec.scale_offset) * norm
-    narrow = _tpu_blocks.is_narrow(x_ref.shape[1])
+    narrow = _blocks.is_narrow(x_ref.shape[1])
     rsqrt = _rsqrt_for_half if narrow and y_ref.dtype == jnp.bfloat16 else lax.rsqrt
     offset = pl.program_id(1) * blocks.rows if shared > 1 else 0
 
@@ -138,10 +138,10 @@ def _forward_kernel(
             diagonals = Diagonals(offset + first, blocks.step)
             moments = _moments(means, squares, norm, diagonals)
             if spec.center and not means:
-                moments = moments._replace(mean=_tpu_blocks.mean_as_diagonals(x))
+                moments = moments._replace(mean=_blocks.mean_as_diagonals(x))
             _store(moments, diagonals, diagonals_ref)
 
-    _tpu_blocks.in_steps(blocks, step)
+    _blocks.in_steps(blocks, step)
     _write(diagonals_ref, moments_ref, shared)
 
 
@@ -156,7 +156,7 @@ def _write(diagonals_ref: Any, moments_ref: Any, shared: int) -> None:
         return
 
     def write() -> None:
-        jax.tree.map(_tpu_blocks.write_statistics, diagonals_ref, moments_ref)
+        jax.tree.map(_blocks.write_statistics, diagonals_ref, moments_ref)
 
     if shared > 1:
         pl.when(pl.program_id(1) == shared - 1)(write)
@@ -180,7 +180,7 @@ def _wide_kernel(
     shared: int,
 ) -> None:
     """Rows that do not fit into registers: passes over tiles of columns."""
-    tiles = _tpu_blocks.tiles(x_ref.shape, TILE_REGISTERS)
+    tiles = _blocks.tiles(x_ref.shape, TILE_REGISTERS)
     features = x_ref.shape[1]
     norm = math.sqrt(features)
     stored_ref = x_ref if residual_ref is None else total_ref
@@ -286,11 +286,11 @@ def centered(x: Any, spec: NormSpec) -> tuple[Any, Any, tuple[Any, ...]]:
     if not spec.center:
         return x, _around_the_mean(_sum(x * x), None, features, spec), ()
     half = stored.dtype != jnp.float32
-    if _tpu_blocks.is_narrow(features):
+    if _blocks.is_narrow(features):
         if half and features == LANES:
-            c = _tpu_blocks.centered_by_product(stored)
+            c = _blocks.centered_by_product(stored)
             return c, _around_the_mean(_sum(c * c), None, features, spec), ()
-        rough = _tpu_blocks.mean_by_product(stored)
+        rough = _blocks.mean_by_product(stored)
         if half:  # of so few numbers of 8 bits each, the sum is as good as exact
             c = x - rough
             squares = _around_the_mean(_sum(c * c), None, features, spec)

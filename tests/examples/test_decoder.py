@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from training import TrainingConfig, evaluate, train
 
-SMALL_TEXT = Path(__file__).parent / "data" / "small.txt"
+SMALL_TEXT = Path(__file__).parents[1] / "support" / "data" / "small.txt"
 TINY = DecoderConfig(layers=2, width=32, heads=2, context=32)
 SHORT = TrainingConfig(steps=50, batch=8, validate_every=50)
 
