@@ -17,18 +17,18 @@ import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
-from jax_layernorm._kernels import KERNELS, PLANNED
+from jax_layernorm._kernels import KERNELS
 
-Implementation = Literal[
-    "xla", "native_cpu", "pallas_tpu", "pallas_triton", "pallas_mosaic_gpu"
-]
+Implementation = Literal["xla", "native_cpu", "pallas_tpu", "cuda"]
+NOT_YET = ("cuda",)
+"""Names of the public contract that this version does not provide."""
 
 DTYPES = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)))
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 _DTYPE_NAMES = "bfloat16, float16, float32 or float64"
 
 
-class Params(NamedTuple):
+class CheckedParams(NamedTuple):
     scale: Array | None
     bias: Array | None
 
@@ -125,7 +125,7 @@ def check_axis(axis: Any, ndim: int) -> tuple[int, ...]:
     return tuple(axes)
 
 
-def check_params(params: Any, x: Array, axes: tuple[int, ...]) -> Params:
+def check_params(params: Any, x: Array, axes: tuple[int, ...]) -> CheckedParams:
     if not isinstance(params, Mapping):
         raise TypeError(
             "params must be a mapping with optional 'scale' and 'bias'; got"
@@ -142,7 +142,7 @@ def check_params(params: Any, x: Array, axes: tuple[int, ...]) -> Params:
         raise ValueError(
             f"params may hold 'scale' and 'bias' and nothing else; got {unknown}. {fix}"
         )
-    return Params(
+    return CheckedParams(
         _check_param("scale", params.get("scale"), x, axes),
         _check_param("bias", params.get("bias"), x, axes),
     )
@@ -303,22 +303,22 @@ def check_flag(name: str, value: Any) -> bool:
 def check_implementation(name: Any, *, custom_vjp: bool) -> str | None:
     if name is None:
         return None
-    known = (*KERNELS, *(planned for planned in PLANNED if planned not in KERNELS))
-    if name not in known:
+    known = ", ".join(map(repr, KERNELS))
+    if not isinstance(name, str) or name not in (*KERNELS, *NOT_YET):
         raise ValueError(
-            f"implementation must be None or one of {', '.join(map(repr, known))}; got"
-            f" {name!r}. None takes the best that can run."
+            f"implementation must be None or one of {known}; got {name!r}. None takes the"
+            " best that can run."
+        )
+    if name not in KERNELS:
+        raise NotImplementedError(
+            f"implementation must be one that this version has, {known}; got {name!r},"
+            " which is still to come. Pass None to choose automatically."
         )
     if not custom_vjp and name != "xla":
         raise ValueError(
             "custom_vjp=False differentiates the equations themselves, which only"
             f" implementation=None or 'xla' runs; got implementation={name!r}. Drop one"
             " of the two arguments."
-        )
-    if name not in KERNELS:
-        raise NotImplementedError(
-            f"implementation must be None or one of {', '.join(map(repr, KERNELS))} in"
-            f" this version; got {name!r}. None takes the best that can run."
         )
     return name
 

@@ -12,23 +12,24 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jax_layernorm._equations import Backward
-from jax_layernorm._kernel_op import Folded
+from jax_layernorm._equations import BackwardOutputs
+from jax_layernorm._kernel_op import Batched
 
 
-def fold_forward(operands: Any, dims: Any, static: dict[str, Any]) -> Folded | None:
+def batch_forward(operands: Any, dims: Any, static: dict[str, Any]) -> Batched | None:
     x, residual, *broadcast = operands
     rows = _same_size((x, residual), dims[:2])
     if rows is None:  # one x, several parameters: its statistics are taken once
         return None
     broadcast = _aligned(broadcast, dims[2:], rows[0].ndim)
-    return Folded((*rows, *broadcast), static, lambda out: out)
+    return Batched((*rows, *broadcast), static, lambda out: out)
 
 
-def fold_backward(operands: Any, dims: Any, static: dict[str, Any]) -> Folded | None:
+def batch_backward(operands: Any, dims: Any, static: dict[str, Any]) -> Batched | None:
     x, scale, mask, *cotangents = operands
     rows = _same_size((x, *cotangents), (dims[0], *dims[3:]))
-    assert rows is not None, "a batched op has a batched operand"
+    if rows is None:
+        return None
     (x, *cotangents) = rows
     size, ndim = x.shape[0], x.ndim
     scale, mask = _aligned((scale, mask), dims[1:3], ndim)
@@ -38,14 +39,14 @@ def fold_backward(operands: Any, dims: Any, static: dict[str, Any]) -> Folded | 
         for key, shape in shapes.items()
     }
 
-    def finish(out: Backward) -> Backward:
+    def finish(out: BackwardOutputs) -> BackwardOutputs:
         dscale, dbias = (
             None if gradient is None else gradient.reshape(size, *shape)
             for gradient, shape in zip(out[1:], shapes.values(), strict=True)
         )
-        return Backward(out.dx, dscale, dbias)
+        return BackwardOutputs(out.dx, dscale, dbias)
 
-    return Folded((x, scale, mask, *cotangents), static | one_each, finish)
+    return Batched((x, scale, mask, *cotangents), static | one_each, finish)
 
 
 def _same_size(operands: Any, dims: Any) -> Any:

@@ -73,10 +73,12 @@ from jax import lax
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
 
-Fence = Callable[["Array"], "Array"]
+Barrier = Callable[["Array"], "Array"]
 SumRows = Callable[["Array", int], "Array"]
 """The sum over so many first axes."""
 GUESS_FROM = 8  # elements, of which the mean is a guess at that of a row
+FORWARD, BACKWARD = "layer_norm_forward", "layer_norm_backward"
+"""The names of the ops that are these two functions; jaxprs and profiles show them."""
 Shape = tuple[Any, ...]  # of integers, or of symbolic dimensions under `jax.export`
 
 
@@ -106,7 +108,7 @@ class NormSpec:
     implementation: str | None = None
 
 
-class Moments(NamedTuple):
+class RowStatistics(NamedTuple):
     """Statistics of each row, normalized axes kept with length 1.
 
     `mean + mean_low` is the mean to about twice the precision of its dtype; both are
@@ -118,15 +120,15 @@ class Moments(NamedTuple):
     rstd: Float[Array, "*stats"]
 
 
-class Forward(NamedTuple):
+class ForwardOutputs(NamedTuple):
     y: Float[Array, "*shape"]
-    total: Float[Array, "*shape"] | None
+    residual_out: Float[Array, "*shape"] | None
     """`residual + x`, where there is a residual."""
-    moments: Moments | None
+    statistics: RowStatistics | None
     """Where they are asked for."""
 
 
-class Backward(NamedTuple):
+class BackwardOutputs(NamedTuple):
     dx: Float[Array, "*shape"]
     dscale: Float[Array, ...] | None
     dbias: Float[Array, ...] | None
@@ -145,20 +147,20 @@ def forward(
     mask: Bool[Array, ...] | None,
     *,
     spec: NormSpec,
-    with_moments: bool,
-    fence: Fence = lambda mean: mean,
+    with_statistics: bool,
+    barrier: Barrier = lambda mean: mean,
     one_pass: bool = False,
-) -> Forward:
+) -> ForwardOutputs:
     """The norm of `x`, or of `residual + x`.
 
-    `scale`, `bias` and `mask` broadcast against `x`. `fence` is put around the first
+    `scale`, `bias` and `mask` broadcast against `x`. `barrier` is put around the first
     mean: the identity, or `lax.optimization_barrier` where the compiler would
     otherwise compute it again for every use (`_kernels/xla.py` says where). With
     `one_pass`, and without a mask, the first mean is replaced by a guess.
     """
-    total = None
+    residual_out = None
     if residual is not None:
-        x = total = _add(residual, x)
+        x = residual_out = _add(residual, x)
     compute = compute_dtype(x.dtype)
     keep = _keep(mask, x.ndim)
     count = _count(x, mask, spec.axes)
@@ -172,7 +174,7 @@ def forward(
             mean, mean_low, square = _in_one_pass(x, count, spec.axes)
             c = c - mean
         else:
-            mean = fence(_mean_for_subtraction(c, count, spec.axes))
+            mean = barrier(_mean_for_subtraction(c, count, spec.axes))
             c = keep(c - mean)
             mean_low, square = _mean_and_square(c, count, spec.axes)
             square = _without_mean(square, mean_low, count)
@@ -190,17 +192,17 @@ def forward(
         y = y * _gamma(scale, spec, like=y)
     if bias is not None:
         y = y + _broadcastable(bias.astype(compute), y.ndim)
-    moments = Moments(mean, mean_low, rstd) if with_moments else None
-    return Forward(keep(y).astype(spec.dtype), total, moments)
+    statistics = RowStatistics(mean, mean_low, rstd) if with_statistics else None
+    return ForwardOutputs(keep(y).astype(spec.dtype), residual_out, statistics)
 
 
 def backward(
     x: Float[Array, "*shape"],
     scale: Float[Array, ...] | None,
     mask: Bool[Array, ...] | None,
-    moments: Moments,
+    statistics: RowStatistics,
     dy: Float[Array, "*shape"],
-    dtotal: Float[Array, "*shape"] | None,
+    dresidual_out: Float[Array, "*shape"] | None,
     dmean: Float[Array, "*stats"] | None,
     drstd: Float[Array, "*stats"] | None,
     *,
@@ -208,18 +210,18 @@ def backward(
     scale_shape: Shape | None,
     bias_shape: Shape | None,
     sum_rows: SumRows = lambda x, leading: jnp.sum(x, range(leading)),
-) -> Backward:
-    """Cotangents of `forward`'s arguments, from what it was given and `moments`.
+) -> BackwardOutputs:
+    """Cotangents of `forward`'s arguments, from what it was given and `statistics`.
 
-    With a residual, `x` is the sum, `dtotal` its cotangent, and `dx` the cotangent of
-    both summands. `dscale` and `dbias` have the shapes given, None where there is no
+    With a residual, `x` is the sum, `dresidual_out` its cotangent, and `dx` the cotangent
+    of both summands. `dscale` and `dbias` have the shapes given, None where there is no
     such parameter, and are left in the dtype they are summed in. `sum_rows` takes these
     sums: `jnp.sum`, or what a compiler does better with.
     """
     compute = compute_dtype(x.dtype)
     keep = _keep(mask, x.ndim)
     count = _count(x, mask, spec.axes)
-    mean, mean_low, rstd = moments
+    mean, mean_low, rstd = statistics
     c = x.astype(compute)
     c = keep(c if mean is None else c - mean)
     dy = keep(dy.astype(compute))
@@ -243,27 +245,27 @@ def backward(
         sums["count"] = count
         sums = _psum(sums, rstd, spec.axis_names)
         count = sums["count"]
-    share = 1 / _at_least_one(count)
+    inv_n = 1 / _at_least_one(count)
 
     along_x_hat = sums["g * x_hat"]
     if drstd is not None:
         along_x_hat = along_x_hat + rstd * sums["drstd"]
-    dx = g - x_hat * (along_x_hat * share)
+    dx = g - x_hat * (along_x_hat * inv_n)
     if mean_low is not None:
-        dx = dx - sums["g"] * share
+        dx = dx - sums["g"] * inv_n
     dx = rstd * dx
     if dmean is not None:
-        dx = dx + sums["dmean"] * share
+        dx = dx + sums["dmean"] * inv_n
     dx = keep(dx)
-    if dtotal is not None:
-        dx = dx + dtotal.astype(compute)
+    if dresidual_out is not None:
+        dx = dx + dresidual_out.astype(compute)
 
     dscale = dbias = None
     if scale_shape is not None:
         dscale = _sum_to_shape(dy * x_hat, scale_shape, sum_rows)
     if bias_shape is not None:
         dbias = _sum_to_shape(dy, bias_shape, sum_rows)
-    return Backward(dx.astype(x.dtype), dscale, dbias)
+    return BackwardOutputs(dx.astype(x.dtype), dscale, dbias)
 
 
 def _keep(mask: Bool[Array, ...] | None, ndim: int) -> Callable[[Array], Array]:
@@ -426,11 +428,11 @@ def _add(
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.promote_types(residual.dtype, x.dtype)
     compute = compute_dtype(dtype)
-    total = residual.astype(compute) + x.astype(compute)
+    residual_out = residual.astype(compute) + x.astype(compute)
     if dtype != compute:
         info = jnp.finfo(dtype)
-        total = lax.reduce_precision(total, info.nexp, info.nmant)
-    return total.astype(dtype)
+        residual_out = lax.reduce_precision(residual_out, info.nexp, info.nmant)
+    return residual_out.astype(dtype)
 
 
 def _gamma(

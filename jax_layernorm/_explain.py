@@ -26,7 +26,7 @@ class Choice(NamedTuple):
     """What runs on one platform.
 
     Attributes:
-      implementation: the name of the one that runs, forward and backward; None where the
+      implementation: the name of the one that runs, forward and backward; None if the
         one that was asked for cannot, and the call raises.
       reasons: for the other implementations, why they do not run.
     """
@@ -58,16 +58,17 @@ def explain(
 ) -> Explanation:
     """For each platform, the implementation that would run, and why the others would not.
 
-    Lowers the norm and its backward pass for each platform and tells what was decided;
-    nothing is computed.
+    Traces the norm and its backward pass, lowers them for each platform, and reports
+    what was decided on the way; nothing is computed.
 
     Args:
       params: as for `layer_norm`; arrays, or `jax.ShapeDtypeStruct`s.
-      x: likewise. A sharded array is explained as it is placed.
+      x: as for `layer_norm`. A sharded array is explained as it is placed.
       residual: as for `add_layer_norm`.
-      function: one of the four functions; `layer_norm`, or `add_layer_norm` where there
-        is a residual, if left out.
-      **options: the keyword arguments of `layer_norm`, all of them.
+      function: one of the four functions, or any function of `params`, `x` and, if
+        given, `residual` that calls them, in `jax.vmap` or `jax.shard_map` for example;
+        by default `layer_norm`, or `add_layer_norm` if there is a residual.
+      **options: keyword arguments of `function`.
 
     Returns:
       A dict from "cpu", "cuda", "rocm" and "tpu" to a `Choice(implementation, reasons)`;
@@ -75,13 +76,14 @@ def explain(
 
     Raises:
       TypeError, ValueError, NotImplementedError: as the function itself when called.
+      ValueError: `function` calls no norm.
 
     Example:
       >>> import jax
       >>> import jax_layernorm as jln
       >>> x = jax.ShapeDtypeStruct((8192, 4096), "bfloat16")
       >>> jln.explain({}, x)["tpu"].implementation
-      'pallas_tpu'
+      'xla'
     """
     if function is None:
         added = residual is not None
@@ -93,53 +95,57 @@ def explain(
         return pullback(out)
 
     arguments = (params, x) if residual is None else (params, x, residual)
-    traced = jax.jit(both_passes).trace(*arguments)
-    if options.get("custom_vjp") is False:
-        choice = _equations_alone("custom_vjp=False")
-    elif options.get("axis_name") is not None:
-        choice = _equations_alone("axis_name")
-    else:
-        return Explanation({each: _choice(traced, each) for each in PLATFORMS})
-    return Explanation(dict.fromkeys(PLATFORMS, choice))
+    with _kernels.record_decisions() as record:
+        traced = jax.jit(both_passes).trace(*arguments)
+    choices = {}
+    for platform in PLATFORMS:
+        decisions = record.decisions
+        if record.left_to_lowering:
+            decisions = decisions + _decided_at_lowering(traced, platform)
+        choices[platform] = _choice(decisions)
+    return Explanation(choices)
 
 
-def _equations_alone(because_of: str) -> Choice:
-    reasons = _not_in_this_version()
-    reasons |= dict.fromkeys(
-        _kernels.KERNELS, f"{because_of} runs the equations themselves"
-    )
-    del reasons["xla"]
-    return Choice("xla", reasons)
-
-
-def _not_in_this_version() -> dict[str, str]:
-    return dict.fromkeys(_kernels.PLANNED, "it is not part of this version")
-
-
-def _choice(traced: Any, platform: str) -> Choice:
-    with _kernels.record_decisions() as decisions:
+def _decided_at_lowering(traced: Any, platform: str) -> list[_kernels.Decision]:
+    with _kernels.record_decisions() as record:
         try:
             traced.lower(lowering_platforms=(platform,))
         except NotImplementedError:
             # What no implementation can do raises too, and is not ours to explain.
-            if not decisions or decisions[-1].chosen is not None:
+            if not record.decisions or record.decisions[-1].chosen is not None:
                 raise
-    reasons = _not_in_this_version()
+    return record.decisions
+
+
+def _choice(decisions: list[_kernels.Decision]) -> Choice:
+    if not decisions:
+        raise ValueError(
+            "function must call one of the norms of jax_layernorm; got one that calls"
+            " none. Pass one of them, or a function that calls one."
+        )
+    reasons: dict[str, str] = {}
     for decision in decisions:
-        reasons |= {
-            name: reason or "another one is preferred, or was asked for"
-            for name, reason in decision.reasons.items()
-        }
-    chosen = {d.chosen: None for d in decisions if d.chosen is not None}
+        reasons |= decision.reasons
     if any(decision.chosen is None for decision in decisions):
         return Choice(None, reasons)
+    chosen = dict.fromkeys(str(decision.chosen) for decision in decisions)
     for name in chosen:
-        del reasons[name]
+        reasons.pop(name, None)
     return Choice(" and ".join(chosen), reasons)
 
 
 def main() -> None:
     """Prints versions, devices, and what runs for a few common shapes."""
+    print_environment()
+    for name, (shape, dtype) in COMMON.items():
+        x = jax.ShapeDtypeStruct(shape, dtype)
+        params = jax.eval_shape(lambda n=shape[-1]: _functions.init_params(n))
+        print(f"\n{name}: {shape[0]} x {shape[1]} {dtype}")
+        print(explain(params, x))
+
+
+def print_environment() -> None:
+    """Versions and devices."""
     print(f"Python {host.python_version()} on {host.platform()}")
     for package in ("jax-layernorm", "jax", "jaxlib", "flax", "libtpu"):
         try:
@@ -148,8 +154,3 @@ def main() -> None:
             print(f"{package} is not installed")
     devices = jax.devices()
     print(f"{len(devices)} {devices[0].platform} device(s): {devices[0].device_kind}")
-    for name, (shape, dtype) in COMMON.items():
-        x = jax.ShapeDtypeStruct(shape, dtype)
-        params = jax.eval_shape(lambda n=shape[-1]: _functions.init_params(n))
-        print(f"\n{name}: {shape[0]} x {shape[1]} {dtype}")
-        print(explain(params, x))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, Literal, TypedDict, Unpack, overload
 
@@ -13,7 +14,7 @@ from jax_layernorm import _arguments
 from jax_layernorm._arguments import Implementation
 from jax_layernorm._equations import NormSpec
 from jax_layernorm._normalize import normalize
-from jax_layernorm._results import Normalized, Statistics
+from jax_layernorm._results import Statistics
 
 Params = Mapping[str, ArrayLike | None]
 
@@ -122,23 +123,34 @@ def layer_norm(
     References:
       Ba, Kiros, Hinton, "Layer Normalization", 2016, arXiv:1607.06450.
     """
-    out = _norm(
-        params,
-        x,
-        None,
-        fused_add=False,
-        center=True,
-        axis=axis,
-        epsilon=epsilon,
-        scale_offset=scale_offset,
-        dtype=dtype,
-        mask=mask,
-        axis_name=axis_name,
-        return_statistics=return_statistics,
-        custom_vjp=custom_vjp,
-        implementation=implementation,
-    )
-    return out.y if out.statistics is None else (out.y, out.statistics)
+    options = {
+        "axis": axis,
+        "epsilon": epsilon,
+        "scale_offset": scale_offset,
+        "dtype": dtype,
+        "mask": mask,
+        "axis_name": axis_name,
+        "return_statistics": return_statistics,
+        "custom_vjp": custom_vjp,
+        "implementation": implementation,
+    }
+    return _norm("layer_norm", (params, x), options, center=True)
+
+
+_KEYWORDS = [
+    parameter
+    for parameter in inspect.signature(layer_norm).parameters.values()
+    if parameter.kind is parameter.KEYWORD_ONLY
+]
+_DEFAULTS = {parameter.name: parameter.default for parameter in _KEYWORDS}
+
+
+def _with_the_keywords_of_layer_norm(function: Any) -> Any:
+    """So that `help` and `inspect.signature` show them."""
+    signature = inspect.signature(function)
+    arrays = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    function.__signature__ = signature.replace(parameters=[*arrays, *_KEYWORDS])
+    return function
 
 
 @overload
@@ -157,19 +169,11 @@ def rms_norm(
     return_statistics: Literal[True],
     **options: Unpack[Options],
 ) -> tuple[Array, Statistics]: ...
+@_with_the_keywords_of_layer_norm
 def rms_norm(
     params: Params,
     x: ArrayLike,
-    *,
-    axis: int | tuple[int, ...] = -1,
-    epsilon: float = 1e-6,
-    scale_offset: float = 0.0,
-    dtype: DTypeLike | None = None,
-    mask: ArrayLike | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
-    return_statistics: bool = False,
-    custom_vjp: bool = True,
-    implementation: Implementation | None = None,
+    **options: Any,
 ) -> Any:
     """RMS normalization over `axis`: layer norm that does not subtract the mean.
 
@@ -179,7 +183,7 @@ def rms_norm(
     Args:
       params: as for `layer_norm`.
       x: any shape but a scalar's, bfloat16, float16, float32 or float64.
-      **options: the keyword arguments of `layer_norm`, all of them.
+      axis, epsilon, ...: the keyword arguments of `layer_norm`, all of them.
 
     Returns:
       `y`, of the shape of `x`; with `return_statistics`, `(y, Statistics)`, where
@@ -198,23 +202,7 @@ def rms_norm(
     References:
       Zhang, Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1910.07467.
     """
-    out = _norm(
-        params,
-        x,
-        None,
-        fused_add=False,
-        center=False,
-        axis=axis,
-        epsilon=epsilon,
-        scale_offset=scale_offset,
-        dtype=dtype,
-        mask=mask,
-        axis_name=axis_name,
-        return_statistics=return_statistics,
-        custom_vjp=custom_vjp,
-        implementation=implementation,
-    )
-    return out.y if out.statistics is None else (out.y, out.statistics)
+    return _norm("rms_norm", (params, x), options, center=False)
 
 
 @overload
@@ -235,39 +223,31 @@ def add_layer_norm(
     return_statistics: Literal[True],
     **options: Unpack[Options],
 ) -> tuple[Array, Array, Statistics]: ...
+@_with_the_keywords_of_layer_norm
 def add_layer_norm(
     params: Params,
     x: ArrayLike,
     residual: ArrayLike,
-    *,
-    axis: int | tuple[int, ...] = -1,
-    epsilon: float = 1e-6,
-    scale_offset: float = 0.0,
-    dtype: DTypeLike | None = None,
-    mask: ArrayLike | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
-    return_statistics: bool = False,
-    custom_vjp: bool = True,
-    implementation: Implementation | None = None,
+    **options: Any,
 ) -> Any:
     """The residual sum and its layer norm, in one pass each way.
 
-        total = residual + x
-        y = layer_norm(params, total)
+        residual_out = residual + x
+        y = layer_norm(params, residual_out)
 
-    What is normalized is the sum as it is returned, so `y` has the very bits of
-    `layer_norm(params, total)`.
+    The norm sees the sum as it is returned, so `y` has the very bits of
+    `layer_norm(params, residual_out)`.
 
     Args:
       params: as for `layer_norm`.
       x: the output of a block.
       residual: the stream it is added to, of the shape of `x` and any floating dtype.
-      **options: the keyword arguments of `layer_norm`, all of them.
+      axis, epsilon, ...: the keyword arguments of `layer_norm`, all of them.
 
     Returns:
-      `(y, total)`; with `return_statistics`, `(y, total, Statistics)`. `total` has the
-      promoted dtype of `x` and `residual` (a float32 stream stays float32), `y` has
-      `dtype` or that of `x`.
+      `(y, residual_out)`; with `return_statistics`, `(y, residual_out, Statistics)`.
+      `residual_out` has the promoted dtype of `x` and `residual` (a float32 stream stays
+      float32), `y` has `dtype` or that of `x`.
 
     Raises:
       TypeError, ValueError, NotImplementedError: as `layer_norm`.
@@ -283,24 +263,7 @@ def add_layer_norm(
     References:
       Ba, Kiros, Hinton, "Layer Normalization", 2016, arXiv:1607.06450.
     """
-    out = _norm(
-        params,
-        x,
-        residual,
-        fused_add=True,
-        center=True,
-        axis=axis,
-        epsilon=epsilon,
-        scale_offset=scale_offset,
-        dtype=dtype,
-        mask=mask,
-        axis_name=axis_name,
-        return_statistics=return_statistics,
-        custom_vjp=custom_vjp,
-        implementation=implementation,
-    )
-    pair = (out.y, out.total)
-    return pair if out.statistics is None else (*pair, out.statistics)
+    return _norm("add_layer_norm", (params, x, residual), options, center=True)
 
 
 @overload
@@ -321,34 +284,27 @@ def add_rms_norm(
     return_statistics: Literal[True],
     **options: Unpack[Options],
 ) -> tuple[Array, Array, Statistics]: ...
+@_with_the_keywords_of_layer_norm
 def add_rms_norm(
     params: Params,
     x: ArrayLike,
     residual: ArrayLike,
-    *,
-    axis: int | tuple[int, ...] = -1,
-    epsilon: float = 1e-6,
-    scale_offset: float = 0.0,
-    dtype: DTypeLike | None = None,
-    mask: ArrayLike | None = None,
-    axis_name: str | tuple[str, ...] | None = None,
-    return_statistics: bool = False,
-    custom_vjp: bool = True,
-    implementation: Implementation | None = None,
+    **options: Any,
 ) -> Any:
     """The residual sum and its RMS norm, in one pass each way.
 
-        total = residual + x
-        y = rms_norm(params, total)
+        residual_out = residual + x
+        y = rms_norm(params, residual_out)
 
     Args:
       params: as for `layer_norm`.
       x: the output of a block.
       residual: the stream it is added to, of the shape of `x` and any floating dtype.
-      **options: the keyword arguments of `layer_norm`, all of them.
+      axis, epsilon, ...: the keyword arguments of `layer_norm`, all of them.
 
     Returns:
-      `(y, total)`, or `(y, total, Statistics)`, with dtypes as for `add_layer_norm`.
+      `(y, residual_out)`; with `return_statistics`, `(y, residual_out, Statistics)`.
+      The dtypes are those of `add_layer_norm`.
 
     Raises:
       TypeError, ValueError, NotImplementedError: as `layer_norm`.
@@ -364,75 +320,44 @@ def add_rms_norm(
     References:
       Zhang, Sennrich, "Root Mean Square Layer Normalization", 2019, arXiv:1910.07467.
     """
-    out = _norm(
-        params,
-        x,
-        residual,
-        fused_add=True,
-        center=False,
-        axis=axis,
-        epsilon=epsilon,
-        scale_offset=scale_offset,
-        dtype=dtype,
-        mask=mask,
-        axis_name=axis_name,
-        return_statistics=return_statistics,
-        custom_vjp=custom_vjp,
-        implementation=implementation,
-    )
-    pair = (out.y, out.total)
-    return pair if out.statistics is None else (*pair, out.statistics)
+    return _norm("add_rms_norm", (params, x, residual), options, center=False)
 
 
-def _norm(params: Any, x: Any, residual: Any, **options: Any) -> Normalized:
-    return normalize(**checked(params, x, residual, **options))
-
-
-def checked(
-    params: Any,
-    x: Any,
-    residual: Any,
-    *,
-    fused_add: bool,
-    center: bool,
-    axis: Any,
-    epsilon: Any,
-    scale_offset: Any,
-    dtype: Any,
-    mask: Any,
-    axis_name: Any,
-    return_statistics: Any,
-    custom_vjp: Any,
-    implementation: Any,
-) -> dict[str, Any]:
-    """The arguments of `normalize`, or an error."""
+def _norm(
+    name: str, arrays: tuple[Any, ...], options: dict[str, Any], *, center: bool
+) -> Any:
+    """Checks the arguments of the function `name`, and calls `normalize`."""
+    unknown = [key for key in options if key not in _DEFAULTS]
+    if unknown:
+        raise TypeError(
+            f"{name}() takes the keyword arguments {', '.join(_DEFAULTS)}; got"
+            f" {unknown[0]!r}. Check the spelling."
+        )
+    given = _DEFAULTS | options
+    params, x, *added = arrays
     x = _arguments.check_x(x)
-    if fused_add:
-        residual = _arguments.check_residual(residual, x)
-    axes = _arguments.check_axis(axis, x.ndim)
+    residual = _arguments.check_residual(added[0], x) if added else None
+    axes = _arguments.check_axis(given["axis"], x.ndim)
     scale, bias = _arguments.check_params(params, x, axes)
-    custom_vjp = _arguments.check_flag("custom_vjp", custom_vjp)
+    custom_vjp = _arguments.check_flag("custom_vjp", given["custom_vjp"])
     spec = NormSpec(
         center=center,
         axes=axes,
-        epsilon=_arguments.check_epsilon(epsilon),
-        scale_offset=_arguments.check_scale_offset(scale_offset),
-        dtype=_arguments.check_dtype(dtype, x),
-        axis_names=_arguments.check_axis_name(axis_name),
-        return_statistics=_arguments.check_flag("return_statistics", return_statistics),
+        epsilon=_arguments.check_epsilon(given["epsilon"]),
+        scale_offset=_arguments.check_scale_offset(given["scale_offset"]),
+        dtype=_arguments.check_dtype(given["dtype"], x),
+        axis_names=_arguments.check_axis_name(given["axis_name"]),
+        return_statistics=_arguments.check_flag(
+            "return_statistics", given["return_statistics"]
+        ),
         implementation=_arguments.check_implementation(
-            implementation, custom_vjp=custom_vjp
+            given["implementation"], custom_vjp=custom_vjp
         ),
     )
-    return {
-        "spec": spec,
-        "x": x,
-        "residual": residual,
-        "scale": scale,
-        "bias": bias,
-        "mask": _arguments.check_mask(mask, x),
-        "custom_vjp": custom_vjp,
-    }
+    mask = _arguments.check_mask(given["mask"], x)
+    out = normalize(spec, x, residual, scale, bias, mask, custom_vjp=custom_vjp)
+    wanted = tuple(part for part in out if part is not None)
+    return wanted if len(wanted) > 1 else out.y
 
 
 def init_params(

@@ -14,14 +14,12 @@ for ahead-of-time compilation and for export.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import jax
-from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import PartitionSpec
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -32,7 +30,7 @@ class Problem(NamedTuple):
     Attributes:
       op: the name of the op.
       operands: the op's positional arguments, abstract (`.shape`, `.dtype`); None
-        where left out.
+        if left out.
       static: the op's keyword arguments.
       platform: one of `PLATFORMS`, or "" for any other.
       partitioned: XLA will split this op over several devices; a kernel, opaque
@@ -48,114 +46,101 @@ class Problem(NamedTuple):
     exported: bool
 
 
-class Folded(NamedTuple):
+class Batched(NamedTuple):
     """A batched use of an op, written as one use on arrays of one rank more."""
 
     operands: tuple[Any, ...]
     static: dict[str, Any]
     finish: Callable[[Any], Any]
-    """From what that use returns to results batched along their first axis."""
+    """Turns what that use returns into results batched along their first axis."""
 
 
-class Share(NamedTuple):
-    """One device's share of an op, where a mesh with explicit axes splits it.
-
-    The last three are of the flat operands and results.
-    """
-
-    mesh: Any
-    operands: tuple[Any, ...]
-    static: dict[str, Any]
-    in_specs: Sequence[PartitionSpec]
-    out_specs: Sequence[PartitionSpec]
-    sums: Sequence[tuple[str, ...]]
-    """Of each result, the axes over which the devices' shares of it are summed."""
-
-
-class Select(Protocol):
-    def __call__(self, problem: Problem) -> Callable[..., Any]:
-        """The function to run for `problem`, with the signature of the reference."""
-        ...
-
-
-def kernel_op(
-    name: str,
-    reference: Callable[..., Any],
-    select: Select,
-    *,
-    refused: Callable[[Problem], str | None] = lambda problem: None,
-    fold: Callable[..., Folded | None] = lambda operands, dims, static: None,
-    share: Callable[..., Share | None] = lambda operands, results, static: None,
-) -> Callable[..., Any]:
-    """Makes `op(*operands, **static)`, which computes `reference(*operands, **static)`.
+class KernelOp:
+    """`op(*operands, **static)` computes `reference(*operands, **static)`.
 
     Args:
-      name: of the primitive, as it shows in a jaxpr.
-      reference: operands are pytrees of arrays, static arguments hashable; returns a
-        pytree of arrays. It must not depend on JAX's global settings.
-      select: called at lowering; what it raises reaches the user.
-      refused: called when the op is, with what is known by then of the problem; a message
-        where it can run nowhere, which is raised. A batched use for which there is one is
-        not folded.
-      fold: called under `jax.vmap` with the operands, the position of the mapped axis in
-        each (None: not mapped) and the static arguments; None where the batched op is
-        not one use of the op, and the reference is to be batched instead.
-      share: called at lowering for a program on a mesh with explicit axes, with abstract
-        operands, the results as a list and the static arguments; None where the devices
-        cannot each compute a share of their own, and XLA is to partition the op.
+      name: the primitive's name, as a jaxpr shows it.
+      reference: takes pytrees of arrays as operands and hashable static arguments, and
+        returns a pytree of arrays. It must not depend on JAX's global settings.
+      select: `select(problem)` returns the function to run, with the signature of the
+        reference. Called at lowering; what it raises reaches the user.
+      check: `check(problem)` raises if no platform could run the problem. Called when
+        the op is, before the platform, the partitioning and the export are known.
+      batch: `batch(operands, dims, static)` returns a `Batched`, or None if the
+        reference is to be batched instead. Called under `jax.vmap`; `dims` are the
+        positions of the mapped axis in each operand, None if it is not mapped.
+      batched_reference: `batched_reference(problem)` is called if the reference is.
+      shard: `shard(problem, results)` returns a `_sharding.Shard`, one device's part of
+        the op, or None if XLA is to partition it. Called at lowering for a program that
+        XLA would partition; `results` are the op's results, abstract and flat.
     """
-    primitive = Primitive(name)
-    primitive.multiple_results = True
 
-    def flat(function: Callable[..., Any], treedef: Any, static: Any) -> Any:
-        def on_leaves(*leaves: Any) -> list[Any]:
-            operands = jax.tree.unflatten(treedef, leaves)
-            return jax.tree.leaves(function(*operands, **dict(static)))
+    def __init__(
+        self,
+        name: str,
+        reference: Callable[..., Any],
+        select: Callable[[Problem], Callable[..., Any]],
+        *,
+        check: Callable[[Problem], None],
+        batch: Callable[..., Batched | None],
+        batched_reference: Callable[[Problem], None],
+        shard: Callable[..., Any],
+    ):
+        self.name = name
+        self.reference = reference
+        self._select, self._check, self._shard = select, check, shard
+        self._batched, self._batched_reference = batch, batched_reference
+        self._traced = functools.lru_cache(maxsize=4096)(self._trace)
+        self._compiled = functools.lru_cache(maxsize=4096)(self._compile)
+        self._primitive = primitive = Primitive(name)
+        primitive.multiple_results = True
+        primitive.def_impl(self._evaluate)
+        primitive.def_abstract_eval(self._abstract_eval)
+        ad.primitive_jvps[primitive] = self._jvp
+        batching.primitive_batchers[primitive] = self._batch
+        mlir.register_lowering(primitive, functools.partial(self._lower, ""))
+        for platform in PLATFORMS:
+            lower = functools.partial(self._lower, platform)
+            mlir.register_lowering(primitive, lower, platform=platform)
 
-        return on_leaves
+    def __call__(self, *operands: Any, **static: Hashable) -> Any:
+        self._check(self._unplaced(operands, static))
+        leaves, treedef = jax.tree.flatten(operands)
+        items = tuple(sorted(static.items()))
+        _, out_tree = self._outputs(map(jax.typeof, leaves), treedef, items)
+        results = self._primitive.bind(*leaves, treedef=treedef, static=items)
+        return jax.tree.unflatten(out_tree, results)
 
-    @functools.lru_cache(maxsize=4096)
-    def traced(
-        avals: tuple[Any, ...], treedef: Any, static: Any, context: Hashable
+    def _unplaced(self, operands: tuple[Any, ...], static: dict[str, Any]) -> Problem:
+        return Problem(self.name, operands, static, "", False, False)
+
+    def _trace(
+        self, avals: tuple[Any, ...], treedef: Any, static: Any, mesh: Hashable
     ) -> tuple[list[Any], Any]:
+        del mesh  # part of the cache's key: the outputs' shardings depend on it
         operands = jax.tree.unflatten(treedef, avals)
         jaxpr, shapes = jax.make_jaxpr(
-            functools.partial(reference, **dict(static)), return_shape=True
+            functools.partial(self.reference, **dict(static)), return_shape=True
         )(*operands)
         return list(jaxpr.out_avals), jax.tree.structure(shapes)
 
-    def outputs(avals: Any, treedef: Any, static: Any) -> tuple[list[Any], Any]:
-        mesh = jax.sharding.get_abstract_mesh()  # shardings of outputs depend on it
-        return traced(tuple(avals), treedef, static, mesh)
+    def _outputs(self, avals: Any, treedef: Any, static: Any) -> tuple[list[Any], Any]:
+        mesh = jax.sharding.get_abstract_mesh()
+        return self._traced(tuple(avals), treedef, static, mesh)
 
-    def refusal(operands: tuple[Any, ...], static: dict[str, Any]) -> str | None:
-        return refused(Problem(name, operands, static, "", False, False))
+    def _compile(self, treedef: Any, static: Any) -> Callable[..., Any]:
+        bind = functools.partial(self._primitive.bind, treedef=treedef, static=static)
+        return jax.jit(bind)
 
-    def op(*operands: Any, **static: Hashable) -> Any:
-        message = refusal(operands, static)
-        if message is not None:
-            raise NotImplementedError(message)
-        leaves, treedef = jax.tree.flatten(operands)
-        items = tuple(sorted(static.items()))
-        _, out_tree = outputs(map(jax.typeof, leaves), treedef, items)
-        results = primitive.bind(*leaves, treedef=treedef, static=items)
-        return jax.tree.unflatten(out_tree, results)
-
-    @functools.lru_cache(maxsize=4096)
-    def compiled(treedef: Any, static: Any) -> Callable[..., Any]:
-        return jax.jit(
-            functools.partial(primitive.bind, treedef=treedef, static=static)
-        )
-
-    def evaluate(*leaves: Any, treedef: Any, static: Any) -> Any:
+    def _evaluate(self, *leaves: Any, treedef: Any, static: Any) -> Any:
         with jax.disable_jit(False):  # a primitive is compiled even then
-            return compiled(treedef, static)(*leaves)
+            return self._compiled(treedef, static)(*leaves)
 
-    def abstract_eval(*avals: Any, treedef: Any, static: Any) -> list[Any]:
-        return outputs(avals, treedef, static)[0]
+    def _abstract_eval(self, *avals: Any, treedef: Any, static: Any) -> list[Any]:
+        return self._outputs(avals, treedef, static)[0]
 
-    def jvp(primals: Any, tangents: Any, *, treedef: Any, static: Any) -> Any:
-        results = primitive.bind(*primals, treedef=treedef, static=static)
+    def _jvp(self, primals: Any, tangents: Any, *, treedef: Any, static: Any) -> Any:
+        results = self._primitive.bind(*primals, treedef=treedef, static=static)
         moving = [i for i, t in enumerate(tangents) if type(t) is not ad.Zero]
         if not moving:
             return results, [ad.Zero(jax.typeof(r).to_tangent_aval()) for r in results]
@@ -164,87 +149,74 @@ def kernel_op(
             leaves = list(primals)
             for i, value in zip(moving, values, strict=True):
                 leaves[i] = value
-            return flat(reference, treedef, static)(*leaves)
+            return _on_leaves(self.reference, treedef, static)(*leaves)
 
         _, out_tangents = jax.jvp(
             along, [primals[i] for i in moving], [tangents[i] for i in moving]
         )
         return results, out_tangents
 
-    def batch(args: Any, dims: Any, *, treedef: Any, static: Any) -> Any:
+    def _batch(self, args: Any, dims: Any, *, treedef: Any, static: Any) -> Any:
         operands, positions = (jax.tree.unflatten(treedef, a) for a in (args, dims))
-        folded = fold(operands, positions, dict(static))
-        if folded is None or refusal(folded.operands, folded.static) is not None:
-            run = flat(reference, treedef, static)
-            results = jax.vmap(run, in_axes=tuple(dims))(*args)
+        batched = self._batched(operands, positions, dict(static))
+        if batched is not None and self._can_run(batched.operands, batched.static):
+            out = batched.finish(self(*batched.operands, **batched.static))
+            results = jax.tree.leaves(out)
         else:
-            results = jax.tree.leaves(
-                folded.finish(op(*folded.operands, **folded.static))
-            )
+            self._batched_reference(self._unplaced(operands, dict(static)))
+            function = _on_leaves(self.reference, treedef, static)
+            results = jax.vmap(function, in_axes=tuple(dims))(*args)
         return results, [0] * len(results)
 
-    def lower(platform: str, ctx: Any, *args: Any, treedef: Any, static: Any) -> Any:
+    def _can_run(self, operands: tuple[Any, ...], static: dict[str, Any]) -> bool:
+        """Whether the implementation that was asked for, if any, can."""
+        try:
+            self._check(self._unplaced(operands, static))
+        except NotImplementedError:
+            return False
+        return True
+
+    def _lower(
+        self, platform: str, ctx: Any, *args: Any, treedef: Any, static: Any
+    ) -> Any:
+        context = ctx.module_context
         problem = Problem(
-            op=name,
+            op=self.name,
             operands=jax.tree.unflatten(treedef, ctx.avals_in),
             static=dict(static),
             platform=platform,
-            partitioned=_is_partitioned(ctx.module_context.axis_context),
-            exported=ctx.module_context.lowering_parameters.for_export,
+            partitioned=_is_partitioned(context.axis_context),
+            exported=context.lowering_parameters.for_export,
         )
-        own = None
-        if _is_explicit(ctx.module_context.axis_context, ctx.avals_in):
-            own = share(problem.operands, ctx.avals_out, problem.static)
-        if own is None:
-            function = flat(select(problem), treedef, static)
+        shard = None
+        if problem.partitioned and not _is_manual(context.axis_context):
+            shard = self._shard(problem, ctx.avals_out)
+        if shard is None:
+            function = _on_leaves(self._select(problem), treedef, static)
         else:
-            problem = problem._replace(
-                operands=own.operands, static=own.static, partitioned=False
-            )
-            run = flat(select(problem), treedef, tuple(own.static.items()))
-            function = jax.shard_map(
-                lambda *leaves: _summed(run(*leaves), own.sums),
-                mesh=own.mesh,
-                in_specs=own.in_specs,
-                out_specs=own.out_specs,
-                check_vma=False,
-            )
+            selected = self._select(shard.problem)
+            local = _on_leaves(selected, treedef, shard.problem.static.items())
+            function = shard.on_every_device(local)
         return mlir.lower_fun(function, multiple_results=True)(ctx, *args)
 
-    primitive.def_impl(evaluate)
-    primitive.def_abstract_eval(abstract_eval)
-    ad.primitive_jvps[primitive] = jvp
-    batching.primitive_batchers[primitive] = batch
-    mlir.register_lowering(primitive, functools.partial(lower, ""))
-    for platform in PLATFORMS:
-        mlir.register_lowering(
-            primitive, functools.partial(lower, platform), platform=platform
-        )
-    return op
+
+def _on_leaves(function: Callable[..., Any], treedef: Any, static: Any) -> Any:
+    """`function` of flat operands, with flat results."""
+
+    def on_leaves(*leaves: Any) -> list[Any]:
+        operands = jax.tree.unflatten(treedef, leaves)
+        return jax.tree.leaves(function(*operands, **dict(static)))
+
+    return on_leaves
+
+
+def _is_manual(axis_context: Any) -> bool:
+    """Whether what is lowered in this context is inside `shard_map`."""
+    return isinstance(axis_context, mlir.SPMDAxisContext)
 
 
 def _is_partitioned(axis_context: Any) -> bool:
     """Whether XLA's partitioner will split what is lowered in this context."""
-    if isinstance(axis_context, mlir.SPMDAxisContext):  # inside shard_map
+    if _is_manual(axis_context):
         return set(axis_context.manual_axes) != set(axis_context.mesh.axis_names)
     return getattr(axis_context, "num_devices", 1) != 1
-
-
-def _is_explicit(axis_context: Any, avals: Sequence[Any]) -> bool:
-    """Whether it will, and the types say how."""
-    inside = isinstance(axis_context, mlir.SPMDAxisContext)
-    explicit = any(aval.sharding.mesh.explicit_axes for aval in avals)
-    return explicit and not inside and _is_partitioned(axis_context)
-
-
-def _summed(results: list[Any], sums: Sequence[tuple[str, ...]]) -> list[Any]:
-    """Each result, summed over its axes; all that have the same ones at once."""
-    together: dict[tuple[str, ...], list[int]] = {}
-    for i, axes in enumerate(sums):
-        if axes:
-            together.setdefault(axes, []).append(i)
-    for axes, places in together.items():
-        whole = lax.psum([results[i] for i in places], axes)
-        for i, result in zip(places, whole, strict=True):
-            results[i] = result
-    return results

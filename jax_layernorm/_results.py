@@ -21,5 +21,5 @@ class Normalized(NamedTuple):
     """What a norm returns; None where it was not asked for."""
 
     y: Array
-    total: Array | None
+    residual_out: Array | None
     statistics: Statistics | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array, lax
@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
 from jax_layernorm._equations import NormSpec
-from jax_layernorm._kernel_op import Share
+from jax_layernorm._kernel_op import Problem
 from jax_layernorm._results import Normalized, Statistics
 
 
@@ -38,110 +38,168 @@ def equally_varying(operands: Sequence[Array | None]) -> list[Any]:
     ]
 
 
-def over_split_rows(
-    run: Callable[..., Normalized],
+class Placement(NamedTuple):
+    """How a mesh splits the axes of `x`."""
+
+    mesh: Any
+    axes: tuple[Any, ...]
+    """For each axis of `x` the mesh axes that split it: a name, several, or None."""
+
+    def along(self, shape: Sequence[Any]) -> P:
+        """The spec of an array of `shape` that broadcasts against `x`."""
+        aligned = zip(self.axes[len(self.axes) - len(shape) :], shape, strict=True)
+        return P(*(None if n == 1 else names for names, n in aligned))
+
+    def explicit(self, axes: Iterable[int]) -> tuple[str, ...]:
+        """The explicit mesh axes that split these axes of `x`."""
+        names = _names(self.axes[axis] for axis in axes)
+        return tuple(name for name in names if name in self.mesh.explicit_axes)
+
+
+def placement_of(x: Any) -> Placement:
+    """The placement in the type of `x`, an array or an abstract one."""
+    sharding = jax.typeof(x).sharding if isinstance(x, Array) else x.sharding
+    missing = x.ndim - len(sharding.spec)
+    return Placement(sharding.mesh, (*sharding.spec, *[None] * missing))
+
+
+def features_are_split(spec: NormSpec, x: Array) -> bool:
+    """Whether explicit mesh axes split the normalized axes."""
+    return bool(placement_of(x).explicit(spec.axes))
+
+
+def on_split_features(
+    norm: Callable[..., Normalized],
     spec: NormSpec,
     x: Array,
     *others: Array | None,
 ) -> Normalized:
-    """`run(spec, x, *others)`; on each device where explicit mesh axes split the rows.
+    """`norm(spec, x, *others)` on each device of the explicit axes that split `x`.
 
-    There `run` gets those axes as `axis_names`, and merges the statistics of the parts
-    in one collective, where the partitioner would need one for each of three sums.
+    There `norm` gets the axes that split the features as `axis_names`, and merges the
+    shards' statistics in one collective; the partitioner would need one for each of
+    three sums.
     """
-    sharding = jax.typeof(x).sharding
-    mesh = sharding.mesh
-    parts = [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]
-
-    def explicit(axes: Iterable[int]) -> tuple[str, ...]:
-        split_over = _names(parts[axis] for axis in axes)
-        return tuple(name for name in split_over if name in mesh.explicit_axes)
-
-    names = explicit(sorted(spec.axes))
-    if not names:
-        return run(spec, x, *others)
-
-    def spec_of(operand: Array) -> P:
-        own = zip(parts[x.ndim - operand.ndim :], operand.shape, strict=True)
-        return P(*(None if n == 1 else part for part, n in own))
-
+    placement = placement_of(x)
+    names = placement.explicit(sorted(spec.axes))
     operands = (x, *others)
-    in_specs = jax.tree.map(spec_of, operands)
+    in_specs = jax.tree.map(lambda a: placement.along(a.shape), operands)
     operands = jax.tree.map(
-        lambda operand, own: reshard(operand, NamedSharding(mesh, own)),
+        lambda a, along: reshard(a, NamedSharding(placement.mesh, along)),
         operands,
         in_specs,
     )
-    whole: Any = P(*parts)  # specs, in the places of the arrays they are of
-    a_row: Any = P(
-        *(None if i - x.ndim in spec.axes else p for i, p in enumerate(parts))
+    whole: Any = P(*placement.axes)  # specs, in the places of the arrays they are of
+    row: Any = P(
+        *(
+            None if i - x.ndim in spec.axes else names
+            for i, names in enumerate(placement.axes)
+        )
     )
     out_specs = Normalized(
         y=whole,
-        total=None if others[0] is None else whole,
-        statistics=Statistics(a_row, a_row) if spec.return_statistics else None,
+        residual_out=None if others[0] is None else whole,
+        statistics=Statistics(row, row) if spec.return_statistics else None,
     )
     # The statistics are the same on all devices of a row, which check_vma would not see.
     return jax.shard_map(
         functools.partial(
-            run, dataclasses.replace(spec, axis_names=(*spec.axis_names, *names))
+            norm, dataclasses.replace(spec, axis_names=(*spec.axis_names, *names))
         ),
-        mesh=mesh,
+        mesh=placement.mesh,
         in_specs=in_specs,
         out_specs=out_specs,
-        axis_names=set(explicit(range(x.ndim))),
+        axis_names=set(placement.explicit(range(x.ndim))),
         check_vma=False,
     )(*operands)
 
 
-def share_of_each_device(
-    operands: Any, results: Sequence[Any], static: dict[str, Any]
-) -> Share | None:
-    """One device's share of an op under explicit mesh axes that split only the rows.
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One device's part of an op whose rows explicit mesh axes split.
+
+    Attributes:
+      problem: the part, with the shapes that one device sees.
+      in_specs, out_specs: of the op's flat operands and results.
+      sums: for each result, the mesh axes over which the shards of it are summed.
+    """
+
+    problem: Problem
+    mesh: Any
+    in_specs: tuple[P, ...]
+    out_specs: list[P]
+    sums: list[tuple[str, ...]]
+
+    def on_every_device(self, function: Callable[..., list[Any]]) -> Callable[..., Any]:
+        """From a function of one device's flat operands to one of the whole arrays."""
+        return jax.shard_map(
+            lambda *leaves: self._summed(function(*leaves)),
+            mesh=self.mesh,
+            in_specs=self.in_specs,
+            out_specs=self.out_specs,
+            check_vma=False,
+        )
+
+    def _summed(self, results: list[Any]) -> list[Any]:
+        """Each result summed over its axes, all that have the same axes at once."""
+        together: dict[tuple[str, ...], list[int]] = {}
+        for i, axes in enumerate(self.sums):
+            if axes:
+                together.setdefault(axes, []).append(i)
+        for axes, places in together.items():
+            whole = lax.psum([results[i] for i in places], axes)
+            for i, result in zip(places, whole, strict=True):
+                results[i] = result
+        return results
+
+
+def shard_of(problem: Problem, results: Sequence[Any]) -> Shard | None:
+    """One device's shard of an op under explicit mesh axes that split only the rows.
 
     A result that lacks an axis over which `x` is split is a sum over that axis: the
     parameters' gradients.
     """
-    x = operands[0]
-    mesh = x.sharding.mesh
-    parts = [*x.sharding.spec, *[None] * (x.ndim - len(x.sharding.spec))]
-
-    def along_x(shape: Sequence[int]) -> P:
-        own = zip(parts[x.ndim - len(shape) :], shape, strict=True)
-        return P(*(None if n == 1 else part for part, n in own))
-
-    def local_shape(shape: Sequence[int]) -> tuple[int, ...]:
-        return NamedSharding(mesh, along_x(shape)).shard_shape(tuple(shape))
-
-    leaves = jax.tree.leaves(operands)
+    placement = placement_of(problem.operands[0])
+    mesh, static = placement.mesh, problem.static
+    leaves = jax.tree.leaves(problem.operands)
     if (
-        set(mesh.explicit_axes) != set(mesh.axis_names)
-        or any(parts[axis] is not None for axis in static["spec"].axes)
-        or any(a.sharding.spec != along_x(a.shape) for a in (*leaves, *results))
+        not mesh.explicit_axes
+        or set(mesh.explicit_axes) != set(mesh.axis_names)
+        or any(placement.axes[axis] is not None for axis in static["spec"].axes)
+        or any(a.sharding.spec != placement.along(a.shape) for a in (*leaves, *results))
     ):
         return None
+
+    def local_shape(shape: Sequence[int]) -> tuple[int, ...]:
+        return NamedSharding(mesh, placement.along(shape)).shard_shape(tuple(shape))
+
     shapes = {
         key: local_shape(static[key])
         for key in ("scale_shape", "bias_shape")
         if static.get(key) is not None
     }
-    out_specs = [along_x(a.shape) for a in results]
-    return Share(
-        mesh=mesh,
-        operands=jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(local_shape(a.shape), a.dtype), operands
+    out_specs = [placement.along(a.shape) for a in results]
+    split = _names(placement.axes)
+    return Shard(
+        problem=problem._replace(
+            operands=jax.tree.map(
+                lambda a: jax.ShapeDtypeStruct(local_shape(a.shape), a.dtype),
+                problem.operands,
+            ),
+            static=static | shapes,
+            partitioned=False,
         ),
-        static=static | shapes,
-        in_specs=tuple(along_x(a.shape) for a in leaves),
+        mesh=mesh,
+        in_specs=tuple(placement.along(a.shape) for a in leaves),
         out_specs=out_specs,
         sums=[
-            tuple(name for name in _names(parts) if name not in _names(spec))
+            tuple(name for name in split if name not in _names(spec))
             for spec in out_specs
         ],
     )
 
 
-def _names(spec: Iterable[Any]) -> tuple[str, ...]:
-    """The mesh axes that a spec names."""
-    parts = (part if isinstance(part, tuple) else (part,) for part in spec)
-    return tuple(name for part in parts for name in part if name is not None)
+def _names(axes: Iterable[Any]) -> tuple[str, ...]:
+    """The mesh axes that a spec, or a part of one, names."""
+    several = (names if isinstance(names, tuple) else (names,) for names in axes)
+    return tuple(name for names in several for name in names if name is not None)

@@ -11,7 +11,7 @@ import inspect
 import itertools
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +128,9 @@ class RMSNorm(nn.RMSNorm):
 
 
 @contextlib.contextmanager
-def replace(*, custom_vjp: bool = True) -> Iterator[Report]:
+def replace(
+    *, implementation: Implementation | None = None, custom_vjp: bool = True
+) -> Iterator[Report]:
     """Within the `with` block this package computes Flax's linen norms.
 
     Every `flax.linen.LayerNorm` and `flax.linen.RMSNorm` that is called in the block, by
@@ -141,9 +143,11 @@ def replace(*, custom_vjp: bool = True) -> Iterator[Report]:
 
     A function that was jitted, and called, outside is traced again inside, and the other
     way round: the block is part of the key of JAX's caches. Only the calling thread is
-    affected. In nested blocks the innermost one's `custom_vjp` holds.
+    affected. In nested blocks the innermost one's arguments hold.
 
     Args:
+      implementation: None for the best that can run, or a name as for `layer_norm`; a
+        norm that it cannot run raises.
       custom_vjp: False for models that are differentiated forward (`jvp`, `jacfwd`,
         `linearize`): JAX then differentiates the equations.
 
@@ -153,6 +157,7 @@ def replace(*, custom_vjp: bool = True) -> Iterator[Report]:
 
     Raises:
       TypeError: `custom_vjp` is not True or False.
+      ValueError: `implementation` is unknown, or cannot go with `custom_vjp=False`.
 
     Example:
       >>> import flax.linen as nn
@@ -167,11 +172,12 @@ def replace(*, custom_vjp: bool = True) -> Iterator[Report]:
       replaced  layers_1: LayerNorm
     """
     custom_vjp = _arguments.check_flag("custom_vjp", custom_vjp)
+    _arguments.check_implementation(implementation, custom_vjp=custom_vjp)
     report = Report()
     intercepted = (
         contextlib.nullcontext() if _open.reports else nn.intercept_methods(_intercept)
     )
-    with intercepted, _replacing(custom_vjp):
+    with intercepted, _replacing(_Options(implementation, custom_vjp)):
         _open.reports.append(report)
         try:
             yield report
@@ -186,8 +192,15 @@ class _Open(threading.local):
         self.reports: list[Report] = []
 
 
+class _Options(NamedTuple):
+    """The arguments of a block."""
+
+    implementation: Implementation | None
+    custom_vjp: bool
+
+
 _open = _Open()
-_replacing = jax.make_user_context(None)  # `custom_vjp` of the innermost block
+_replacing = jax.make_user_context(None)  # the options of the innermost block
 _FLAXS_CALLS = {inspect.unwrap(kind.__call__) for kind in (nn.LayerNorm, nn.RMSNorm)}
 
 
@@ -216,7 +229,7 @@ def _intercept(
             x,
             reduction_axes=flax_axes(module.reduction_axes, x.ndim),
             feature_axes=flax_axes(module.feature_axes, x.ndim),
-            custom_vjp=_replacing.value,
+            **_replacing.value._asdict(),
         )
 
     call = __call__

@@ -7,22 +7,34 @@ parameters and the dtype rules are Flax's.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
-from types import MappingProxyType
+import inspect
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from flax import nnx
-from flax.nnx.nn import dtypes, initializers
-from flax.typing import Initializer, PromoteDtypeFn
+from flax.nnx.nn import dtypes
 from jax import Array
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from jax_layernorm import _arguments
 from jax_layernorm._arguments import Implementation
-from jax_layernorm._flax import Axes, Report, apply_norm, flax_axes, left_to_flax
+from jax_layernorm._flax import Report, apply_norm, flax_axes, left_to_flax
 
 Model = TypeVar("Model")
+
+
+def _with_the_arguments_of(flaxs: type) -> Callable[[Any], Any]:
+    """Shows Flax's arguments, then ours, in `help` and `inspect.signature`."""
+
+    def show(init: Any) -> Any:
+        theirs = inspect.signature(flaxs.__init__).parameters.values()
+        ours = inspect.signature(init)
+        added = [p for p in ours.parameters.values() if p.kind is p.KEYWORD_ONLY]
+        init.__signature__ = ours.replace(parameters=[*theirs, *added])
+        return init
+
+    return show
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -66,49 +78,17 @@ class LayerNorm(nnx.LayerNorm):
 
     _replaced = False
 
+    @_with_the_arguments_of(nnx.LayerNorm)
     def __init__(
         self,
         num_features: int,
         *,
-        epsilon: float = 1e-6,
-        dtype: DTypeLike | None = None,
-        param_dtype: DTypeLike = jnp.float32,
-        use_bias: bool = True,
-        use_scale: bool = True,
-        bias_init: Initializer = initializers.zeros,
-        scale_init: Initializer = initializers.ones,
-        reduction_axes: Axes = -1,
-        feature_axes: Axes = -1,
-        axis_name: str | None = None,
-        axis_index_groups: Any = None,
-        use_fast_variance: bool = True,
-        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
-        rngs: nnx.Rngs,
-        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
-        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
         scale_offset: float = 0.0,
         implementation: Implementation | None = None,
         custom_vjp: bool = True,
+        **options: Any,
     ):
-        super().__init__(
-            num_features,
-            epsilon=epsilon,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            use_bias=use_bias,
-            use_scale=use_scale,
-            bias_init=bias_init,
-            scale_init=scale_init,
-            reduction_axes=reduction_axes,
-            feature_axes=feature_axes,
-            axis_name=axis_name,
-            axis_index_groups=axis_index_groups,
-            use_fast_variance=use_fast_variance,
-            promote_dtype=promote_dtype,
-            rngs=rngs,
-            bias_metadata=bias_metadata,
-            scale_metadata=scale_metadata,
-        )
+        super().__init__(num_features, **options)
         self.scale_offset = scale_offset
         self.implementation = implementation
         self.custom_vjp = custom_vjp
@@ -160,43 +140,17 @@ class RMSNorm(nnx.RMSNorm):
 
     _replaced = False
 
+    @_with_the_arguments_of(nnx.RMSNorm)
     def __init__(
         self,
         num_features: int,
         *,
-        epsilon: float = 1e-6,
-        dtype: DTypeLike | None = None,
-        param_dtype: DTypeLike = jnp.float32,
-        use_scale: bool = True,
-        scale_init: Initializer = initializers.ones,
-        reduction_axes: Axes = -1,
-        feature_axes: Axes = -1,
-        axis_name: str | None = None,
-        axis_index_groups: Any = None,
-        use_fast_variance: bool = True,
-        promote_dtype: PromoteDtypeFn = dtypes.promote_dtype,
-        rngs: nnx.Rngs,
-        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
         scale_offset: float = 0.0,
         implementation: Implementation | None = None,
         custom_vjp: bool = True,
+        **options: Any,
     ):
-        super().__init__(
-            num_features,
-            epsilon=epsilon,
-            dtype=dtype,
-            param_dtype=param_dtype,
-            use_scale=use_scale,
-            scale_init=scale_init,
-            reduction_axes=reduction_axes,
-            feature_axes=feature_axes,
-            axis_name=axis_name,
-            axis_index_groups=axis_index_groups,
-            use_fast_variance=use_fast_variance,
-            promote_dtype=promote_dtype,
-            rngs=rngs,
-            scale_metadata=scale_metadata,
-        )
+        super().__init__(num_features, **options)
         self.scale_offset = scale_offset
         self.implementation = implementation
         self.custom_vjp = custom_vjp
@@ -212,7 +166,12 @@ class RMSNorm(nnx.RMSNorm):
         return _call(self, nnx.RMSNorm, ("scale",), x, mask, residual)
 
 
-def replace(model: Model, *, custom_vjp: bool = True) -> Model:
+def replace(
+    model: Model,
+    *,
+    implementation: Implementation | None = None,
+    custom_vjp: bool = True,
+) -> Model:
     """`model`, every `flax.nnx` norm in it made one of this package, in place.
 
     Each `flax.nnx.LayerNorm` and `flax.nnx.RMSNorm` stays the object it is, wherever it is
@@ -229,14 +188,19 @@ def replace(model: Model, *, custom_vjp: bool = True) -> Model:
       model: a `flax.nnx` module, or a pytree of them; it may be abstract, from
         `nnx.eval_shape`. Call this outside NNX's transformations, or on a model that was
         made in the same one: `nnx.jit` takes no change of a class back out.
+      implementation: None for the best that can run, or a name as for `layer_norm`; a
+        norm that it cannot run raises when it is called.
       custom_vjp: False for models that are differentiated forward (`jvp`, `jacfwd`,
-        `linearize`): JAX then differentiates the equations. A second call changes it.
+        `linearize`): JAX then differentiates the equations.
+
+    A second call changes both in the norms that the first one replaced.
 
     Returns:
       `model`.
 
     Raises:
       TypeError: `model` holds no module, or `custom_vjp` is not True or False.
+      ValueError: `implementation` is unknown, or cannot go with `custom_vjp=False`.
 
     Example:
       >>> from flax import nnx
@@ -248,16 +212,15 @@ def replace(model: Model, *, custom_vjp: bool = True) -> Model:
       replaced  layers/1: LayerNorm
     """
     custom_vjp = _arguments.check_flag("custom_vjp", custom_vjp)
+    _arguments.check_implementation(implementation, custom_vjp=custom_vjp)
     for _, norm in [*_norms(model)]:
-        if isinstance(norm, LayerNorm | RMSNorm):
-            if norm._replaced:
-                norm.custom_vjp = custom_vjp
-        elif _left(norm) is None:
+        if not isinstance(norm, LayerNorm | RMSNorm) and _left(norm) is None:
             norm.scale_offset = 0.0
-            norm.implementation = None
-            norm.custom_vjp = custom_vjp
             norm._replaced = True
             object.__setattr__(norm, "__class__", _ours(type(norm)))
+        if getattr(norm, "_replaced", False):
+            norm.implementation = implementation
+            norm.custom_vjp = custom_vjp
     return model
 
 

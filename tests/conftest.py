@@ -23,7 +23,8 @@ with jaxtyping.install_import_hook("jax_layernorm._equations", "beartype.beartyp
     jax_layernorm = importlib.import_module("jax_layernorm")
 typing.TYPE_CHECKING = False
 
-import implementations  # noqa: E402  it imports the package
+import implementations  # noqa: E402  they import the package
+from marking_kernel import MarkingKernel  # noqa: E402
 
 
 @pytest.fixture(params=(*implementations.NAMES, *implementations.FORMS))
@@ -57,3 +58,14 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def marking_kernel(monkeypatch):
+    """A kernel of that name, preferred on CPU to all others; see `marking_kernel`."""
+    kernels = {"marking": MarkingKernel(), **jax_layernorm._kernels.KERNELS}
+    monkeypatch.setattr("jax_layernorm._kernels.KERNELS", kernels)
+    monkeypatch.setattr("jax_layernorm._arguments.KERNELS", kernels)
+    jax.clear_caches()
+    yield
+    jax.clear_caches()

@@ -1,18 +1,24 @@
-"""The registry of implementations, and the choice between them.
+"""The registry of implementations, and the choice of the one that runs.
 
 To add a kernel: write one module with the members of `Kernel`, and add one line to
 `KERNELS`. The order is the order of preference; `xla`, which can run everything,
 stays last.
+
+Every choice is made here: at lowering between the kernels (`select`), and while a norm
+is traced between a kernel op and the bare equations (`needs_equations`). `explain`
+reports what these recorded.
 """
 
 from __future__ import annotations
 
 import contextlib
-import contextvars
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
+import jax
+
 from jax_layernorm import _equations
+from jax_layernorm._equations import NormSpec
 from jax_layernorm._kernel_op import Problem
 from jax_layernorm._kernels import native_cpu, pallas_tpu, xla
 
@@ -22,26 +28,31 @@ class Kernel(Protocol):
 
     @property
     def platforms(self) -> tuple[str, ...]:
-        """Those that it may run on."""
-        ...
-
-    def unsupported(self, problem: Problem) -> str | None:
-        """Why this implementation cannot run `problem`, or None; shown to users."""
+        """The platforms it can run on."""
         ...
 
     def not_default(self, problem: Problem) -> str | None:
-        """Why it is not taken unasked for a `problem` that it can run, or None; shown too.
+        """Why it runs `problem` only if it is asked for by name, or None; users see it.
 
-        An implementation is a default only where a benchmark shows that it wins.
+        An implementation is a default only on hardware that it has run on, where a
+        benchmark shows that it wins.
         """
         ...
 
-    def forward(self, problem: Problem) -> Callable[..., _equations.Forward]:
-        """The function that runs `problem`; the signature of `_equations.forward`."""
+    def forward(self, problem: Problem) -> Callable[..., _equations.ForwardOutputs]:
+        """The function that runs `problem`; the signature of `_equations.forward`.
+
+        Raises:
+          NotImplementedError: it cannot run `problem`; users see the reason.
+        """
         ...
 
-    def backward(self, problem: Problem) -> Callable[..., _equations.Backward]:
-        """The function that runs `problem`; the signature of `_equations.backward`."""
+    def backward(self, problem: Problem) -> Callable[..., _equations.BackwardOutputs]:
+        """The function that runs `problem`; the signature of `_equations.backward`.
+
+        Raises:
+          NotImplementedError: it cannot run `problem`; users see the reason.
+        """
         ...
 
 
@@ -51,31 +62,51 @@ KERNELS: dict[str, Kernel] = {
     "xla": xla,
 }
 
-PLANNED = ("pallas_triton", "pallas_mosaic_gpu")
-"""Names that the public contract reserves and this version does not provide."""
+DEVICES = {"cpu": "CPUs", "cuda": "CUDA GPUs", "rocm": "ROCm GPUs", "tpu": "TPUs"}
 
 
 class Decision(NamedTuple):
-    """One choice: the implementation, and for each why it is not taken, or None."""
+    """One choice: the implementation that runs, and why each other one does not.
+
+    `chosen` is None if the implementation that was asked for cannot run.
+    """
 
     chosen: str | None
-    reasons: dict[str, str | None]
+    reasons: dict[str, str]
 
 
-_recorded: contextvars.ContextVar[list[Decision] | None] = contextvars.ContextVar(
-    "recorded", default=None
-)
+class Record:
+    """What was decided in a block; hashed by identity, as JAX's caches need it.
+
+    Attributes:
+      decisions: in their order.
+      left_to_lowering: a kernel op was traced, about which its lowering decides.
+    """
+
+    def __init__(self) -> None:
+        self.decisions: list[Decision] = []
+        self.left_to_lowering = False
+
+
+_recording = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
-def record_decisions() -> Iterator[list[Decision]]:
-    """Collects the decisions of what is lowered in the block, in this thread."""
-    decisions: list[Decision] = []
-    token = _recorded.set(decisions)
-    try:
-        yield decisions
-    finally:
-        _recorded.reset(token)
+def record_decisions() -> Iterator[Record]:
+    """Records the decisions about what is traced or lowered in the block, in this thread.
+
+    The block is part of the key of JAX's caches, so that whatever was traced or lowered
+    before is decided again.
+    """
+    record = Record()
+    with _recording(record):
+        yield record
+
+
+def _decide(chosen: str | None, reasons: dict[str, str]) -> None:
+    record: Record | None = _recording.value
+    if record is not None:
+        record.decisions.append(Decision(chosen, reasons))
 
 
 def select(problem: Problem) -> Callable[..., Any]:
@@ -86,40 +117,104 @@ def select(problem: Problem) -> Callable[..., Any]:
         this; the message gives its reason.
     """
     name = problem.static["spec"].implementation
-    reasons = {each: kernel.unsupported(problem) for each, kernel in KERNELS.items()}
-    if name is None:
-        for each, kernel in KERNELS.items():
-            reasons[each] = reasons[each] or kernel.not_default(problem)
-    able = [each for each, reason in reasons.items() if reason is None]
-    chosen = able[0] if name is None else name if name in able else None
-    decisions = _recorded.get()
-    if decisions is not None:
-        decisions.append(Decision(chosen, reasons))
+    able: dict[str, Callable[..., Any]] = {}
+    reasons: dict[str, str] = {}
+    for each, kernel in KERNELS.items():
+        try:
+            function = _function_of(kernel, problem)
+        except NotImplementedError as error:
+            reasons[each] = str(error)
+            continue
+        declined = kernel.not_default(problem) if name is None else None
+        if declined is not None:
+            reasons[each] = declined
+        elif name in (None, each):
+            able[each] = function
+        else:
+            reasons[each] = f"implementation={name!r} was asked for"
+    chosen = next(iter(able), None)
+    for each in [*able][1:]:
+        reasons[each] = f"{chosen} is preferred"
+    _decide(chosen, reasons)
     if chosen is None:
-        raise NotImplementedError(
-            _message(
-                name, f"{problem.op} on platform {problem.platform!r}", reasons[name]
-            )
-        )
-    return getattr(KERNELS[chosen], problem.op.removeprefix("layer_norm_"))(problem)
+        raise NotImplementedError(_cannot_run(name, problem, reasons[name]))
+    return able[chosen]
 
 
-def refused(problem: Problem) -> str | None:
-    """An error message where the implementation asked for by name can run this nowhere."""
+def _function_of(kernel: Kernel, problem: Problem) -> Callable[..., Any]:
+    if problem.platform not in kernel.platforms:
+        only = " and ".join(DEVICES[platform] for platform in kernel.platforms)
+        raise NotImplementedError(f"it supports {only} only")
+    passes = {
+        _equations.FORWARD: kernel.forward,
+        _equations.BACKWARD: kernel.backward,
+    }
+    return passes[problem.op](problem)
+
+
+def check(problem: Problem) -> None:
+    """Raises if an implementation was asked for by name that can run this nowhere.
+
+    Raises:
+      NotImplementedError: with the implementation's reason.
+    """
+    record: Record | None = _recording.value
+    if record is not None:
+        record.left_to_lowering = True
     name = problem.static["spec"].implementation
     if name is None:
-        return None
+        return
     kernel = KERNELS[name]
-    reasons = [
-        kernel.unsupported(problem._replace(platform=platform))
-        for platform in kernel.platforms
-    ]
-    return None if None in reasons else _message(name, problem.op, reasons[0])
+    reasons = []
+    for platform in kernel.platforms:
+        try:
+            _function_of(kernel, problem._replace(platform=platform))
+        except NotImplementedError as error:
+            reasons.append(str(error))
+        else:
+            return
+    raise NotImplementedError(_cannot_run(name, problem, reasons[0]))
 
 
-def _message(name: str | None, what: str, reason: str | None) -> str:
+def needs_equations(spec: NormSpec, *, custom_vjp: bool) -> bool:
+    """Whether the bare equations run, while the norm is traced, and no kernel op does.
+
+    A kernel op holds no collective, because its batching rule would run outside the
+    mapped axis; and its derivative is the hand-written one.
+
+    Raises:
+      NotImplementedError: another implementation than XLA was asked for by name.
+    """
+    if not custom_vjp:
+        reason = "custom_vjp=False differentiates the equations themselves"
+    elif spec.axis_names:
+        reason = (
+            f"the normalized axes are split over {', '.join(map(repr, spec.axis_names))},"
+            " and only the equations merge the shards' statistics"
+        )
+    else:
+        return False
+    if spec.implementation not in (None, "xla"):
+        raise NotImplementedError(
+            f"implementation={spec.implementation!r} cannot run this norm: {reason}."
+            " Pass None to choose automatically."
+        )
+    _decide("xla", {name: reason for name in KERNELS if name != "xla"})
+    return True
+
+
+def batched_reference(problem: Problem) -> None:
+    """Records that the equations run in place of an op that `jax.vmap` maps."""
+    named = problem.static["spec"].implementation
+    reason = "jax.vmap maps parameters alone"
+    if named not in (None, "xla"):
+        reason = f"implementation={named!r} cannot run the norm with its mapped axis"
+    _decide("xla", {name: reason for name in KERNELS if name != "xla"})
+
+
+def _cannot_run(name: str | None, problem: Problem, reason: str) -> str:
+    where = f" on {problem.platform!r}" if problem.platform else ""
     return (
-        f"implementation={name!r} must be able to run the norm it is asked for; got a"
-        f" {what} that it cannot: {reason}. Use implementation=None to take the best that"
-        " can."
+        f"implementation={name!r} cannot run {problem.op}{where}: {reason}. Pass None to"
+        " choose automatically."
     )

@@ -11,11 +11,12 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+from jax_layernorm import _equations
 from jax_layernorm._kernel_op import Problem
 
 
 class Rows(NamedTuple):
-    """Shape of a problem. `*_groups`: groups of rows, None where there is no such array.
+    """Shape of a problem. `*_groups`: groups of rows, None if there is no such array.
 
     Attributes:
       rows, features: of the matrix.
@@ -31,9 +32,13 @@ class Rows(NamedTuple):
     dscale_groups: int | None
 
 
-def as_rows(problem: Problem) -> Rows | str:
-    """The problem as rows of features, or why no kernel can run it; shown to users."""
-    if problem.op == "layer_norm_forward":
+def as_rows(problem: Problem) -> Rows:
+    """The problem as rows of features.
+
+    Raises:
+      NotImplementedError: no kernel can run it; users see the reason.
+    """
+    if problem.op == _equations.FORWARD:
         x, _, scale, bias, mask = problem.operands
         shapes = [_shape(scale), _shape(bias), None]
     else:
@@ -41,23 +46,20 @@ def as_rows(problem: Problem) -> Rows | str:
         static = problem.static
         shapes = [_shape(scale), static["bias_shape"], static["scale_shape"]]
     axes = problem.static["spec"].axes
+    reason = None
     if not all(isinstance(n, int) for n in x.shape):
-        return f"the shape of x, {x.shape}, is symbolic"
-    if problem.partitioned:
-        return "XLA partitions the program over several devices, and splits no kernel"
-    if mask is not None:
-        return "there is a mask"
-    if set(axes) != set(range(-len(axes), 0)):
-        return f"the normalized axes {axes} are not the last ones"
-    if 0 in x.shape:
-        return f"x is empty, shape {x.shape}"
+        reason = f"the shape of x, {x.shape}, is symbolic"
+    elif problem.partitioned:
+        reason = "XLA partitions the program over several devices, and splits no kernel"
+    elif mask is not None:
+        reason = "there is a mask"
+    elif set(axes) != set(range(-len(axes), 0)):
+        reason = f"the normalized axes {axes} are not the last ones"
+    elif 0 in x.shape:
+        reason = f"x is empty, shape {x.shape}"
+    if reason is not None:
+        raise NotImplementedError(reason)
     groups = [None if s is None else _groups(s, x.shape, len(axes)) for s in shapes]
-    for shape, own in zip(shapes, groups, strict=True):
-        if shape is not None and own is None:
-            return (
-                f"a parameter of shape {shape} is not one row of features for each of"
-                f" several equal groups of the rows of x, {x.shape}"
-            )
     first = x.ndim - len(axes)
     return Rows(math.prod(x.shape[:first]), math.prod(x.shape[first:]), *groups)
 
@@ -66,20 +68,18 @@ def _shape(operand: Any) -> tuple[int, ...] | None:
     return None if operand is None else operand.shape
 
 
-def _groups(
-    shape: tuple[int, ...], x_shape: tuple[int, ...], normalized: int
-) -> int | None:
-    """How many runs of consecutive rows have a parameter row of their own, or None."""
+def _groups(shape: tuple[int, ...], x_shape: tuple[int, ...], normalized: int) -> int:
+    """How many runs of consecutive rows have a parameter row of their own."""
     aligned = (1,) * (len(x_shape) - len(shape)) + tuple(shape)
     first = len(x_shape) - normalized
-    if aligned[first:] != x_shape[first:]:
-        return None
-    groups, shared = 1, False
+    groups, shared, fits = 1, False, aligned[first:] == x_shape[first:]
     for n, size in zip(aligned[:first], x_shape[:first], strict=True):
-        if n == 1:
-            shared = shared or size != 1
-        elif shared:
-            return None
-        else:
-            groups *= n
+        fits = fits and (n == 1 or not shared)
+        shared = shared or (n == 1 and size != 1)
+        groups *= n
+    if not fits:
+        raise NotImplementedError(
+            f"a parameter of shape {shape} is not one row of features for each of several"
+            f" equal groups of the rows of x, {x_shape}"
+        )
     return groups

@@ -28,18 +28,13 @@ from jax import lax
 from jax_layernorm import _equations
 from jax_layernorm._kernel_op import PLATFORMS, Problem
 
-platforms = PLATFORMS
+platforms = (*PLATFORMS, "")  # "": any other
 GPUS = ("cuda", "rocm")
-FENCED_PLATFORMS = ("cpu", *GPUS)
+BARRIER_PLATFORMS = ("cpu", *GPUS)
 PARTS = 32
 """Of the rows, at the least: work for a whole GPU."""
 PART_ROWS = (8, 256)
 """The least and the most. Parts of 512 XLA sums in its own way again."""
-
-
-def unsupported(problem: Problem) -> str | None:
-    del problem
-    return None
 
 
 def not_default(problem: Problem) -> str | None:
@@ -47,21 +42,21 @@ def not_default(problem: Problem) -> str | None:
     return None
 
 
-def forward(problem: Problem) -> Callable[..., _equations.Forward]:
-    if problem.platform in FENCED_PLATFORMS:
-        return functools.partial(_equations.forward, fence=lax.optimization_barrier)
+def forward(problem: Problem) -> Callable[..., _equations.ForwardOutputs]:
+    if problem.platform in BARRIER_PLATFORMS:
+        return functools.partial(_equations.forward, barrier=lax.optimization_barrier)
     if problem.platform == "tpu":
         return functools.partial(_equations.forward, one_pass=True)
     return _equations.forward
 
 
-def backward(problem: Problem) -> Callable[..., _equations.Backward]:
-    if problem.platform not in FENCED_PLATFORMS:
+def backward(problem: Problem) -> Callable[..., _equations.BackwardOutputs]:
+    if problem.platform not in BARRIER_PLATFORMS:
         return _equations.backward
     if problem.platform in GPUS and not problem.partitioned:
         # Parts that straddle devices would have to be exchanged.
-        return functools.partial(_backward_of_fenced_cotangents, sum_rows=sum_in_parts)
-    return _backward_of_fenced_cotangents
+        return functools.partial(_backward_behind_a_barrier, sum_rows=sum_in_parts)
+    return _backward_behind_a_barrier
 
 
 def sum_in_parts(x: Any, leading: int) -> Any:
@@ -78,8 +73,8 @@ def sum_in_parts(x: Any, leading: int) -> Any:
     return jnp.sum(lax.optimization_barrier(parts), 0)
 
 
-def _backward_of_fenced_cotangents(
-    x: Any, scale: Any, mask: Any, moments: Any, *cotangents: Any, **static: Any
-) -> _equations.Backward:
+def _backward_behind_a_barrier(
+    x: Any, scale: Any, mask: Any, statistics: Any, *cotangents: Any, **static: Any
+) -> _equations.BackwardOutputs:
     cotangents = lax.optimization_barrier(cotangents)
-    return _equations.backward(x, scale, mask, moments, *cotangents, **static)
+    return _equations.backward(x, scale, mask, statistics, *cotangents, **static)

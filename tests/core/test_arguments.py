@@ -1,5 +1,6 @@
 """Bad calls: each raises, before any computation, and says the rule and the fix."""
 
+import inspect
 import re
 
 import jax
@@ -115,12 +116,16 @@ BAD_OPTIONS = [
     ({"axis_name": ["i"]}, TypeError, "a string or a tuple of strings; got ['i']"),
     ({"return_statistics": 1}, TypeError, "must be True or False; got 1"),
     ({"custom_vjp": None}, TypeError, "must be True or False; got None"),
-    ({"implementation": "cuda"}, ValueError, "must be None or one of 'native_cpu'"),
+    ({"implementation": "gpu"}, ValueError, "must be None or one of 'native_cpu'"),
     ({"implementation": True}, ValueError, "got True"),
     ({"implementation": ["xla"]}, ValueError, "got ['xla']"),
-    ({"implementation": "pallas_triton"}, NotImplementedError, "'xla' in this version"),
     (
-        {"implementation": "pallas_triton", "custom_vjp": False},
+        {"implementation": "cuda"},
+        NotImplementedError,
+        "got 'cuda', which is still to come",
+    ),
+    (
+        {"implementation": "pallas_tpu", "custom_vjp": False},
         ValueError,
         "Drop one of the two arguments",
     ),
@@ -202,6 +207,25 @@ def test_traced_static_arguments_are_refused(name):
 
     with raises(TypeError, "got a traced value"):
         jax.jit(norm)(1e-6)
+
+
+FUNCTIONS = (jln.layer_norm, jln.rms_norm, jln.add_layer_norm, jln.add_rms_norm)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_a_misspelled_keyword_is_refused_with_the_functions_name(function):
+    arrays = (X, X) if "add" in function.__name__ else (X,)
+    with pytest.raises(TypeError, match=rf"^{function.__name__}\(\).* 'eps'"):
+        function({}, *arrays, eps=1e-5)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS[1:])
+def test_signatures_show_the_keywords_of_layer_norm(function):
+    shown = inspect.signature(function).parameters
+    arrays = ["params", "x", *["residual"] * ("add" in function.__name__)]
+    expected = inspect.signature(jln.layer_norm).parameters
+    assert [*shown] == [*arrays, *[*expected][2:]]
+    assert all(shown[name] == expected[name] for name in shown if name in expected)
 
 
 @pytest.mark.parametrize("function", (jln.rms_norm, jln.add_layer_norm))

@@ -442,12 +442,12 @@ def test_statistics_in_one_pass_are_as_accurate_as_the_guess_is_good(rows, offse
     x = jnp.asarray(x, jnp.float32)
     spec = _equations.NormSpec(True, (-1,), 1e-6, 0.0, jnp.dtype(jnp.float32))
     out = _equations.forward(
-        x, None, None, None, None, spec=spec, with_moments=True, one_pass=True
+        x, None, None, None, None, spec=spec, with_statistics=True, one_pass=True
     )
     expected = oracle.norm(x)
     size = (1 + away**2) * np.max(np.abs(expected.y), -1, keepdims=True)
     oracle.assert_close(out.y, expected.y, against=size)
-    mean, mean_low, rstd = out.moments
+    mean, mean_low, rstd = out.statistics
     oracle.assert_close(mean + mean_low, expected.mean, against=expected.mean_size)
     oracle.assert_close(rstd, expected.rstd, against=(1 + away**2) * expected.rstd)
 
@@ -457,6 +457,6 @@ def test_statistics_in_one_pass_are_those_of_all_normalized_axes():
     for axes in itertools.permutations((-3, -2, -1), 2):
         spec = _equations.NormSpec(True, axes, 1e-6, 0.0, jnp.dtype(jnp.float32))
         out = _equations.forward(
-            x, None, None, None, None, spec=spec, with_moments=True, one_pass=True
+            x, None, None, None, None, spec=spec, with_statistics=True, one_pass=True
         )
         oracle.assert_close(out.y, oracle.norm(x, axis=axes).y)

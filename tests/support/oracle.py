@@ -145,7 +145,9 @@ def assert_close(actual, expected, *, summed=1, against=None, computed_in=None):
     oracle = float(np.finfo(expected.dtype).eps)  # its roundings, where it is no wider
     size = np.max(np.abs(expected), initial=0) if against is None else against
     unit = own / 2 + compute * (4 + 0.5 * np.sqrt(summed)) + 8 * oracle
-    excess = np.abs(actual.astype(expected.dtype) - expected) / (size * unit + 1e-300)
+    # A float16 below 6e-5 is a multiple of its smallest subnormal.
+    least = float(jnp.finfo(actual.dtype).smallest_subnormal) + 1e-300
+    excess = np.abs(actual.astype(expected.dtype) - expected) / (size * unit + least)
     assert np.max(excess, initial=0) <= 1, f"{np.max(excess):.3g} times the tolerance"
 
 

@@ -28,7 +28,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_layernorm import _equations
-from jax_layernorm._equations import Backward, Forward, Moments, NormSpec
+from jax_layernorm._equations import (
+    BackwardOutputs,
+    ForwardOutputs,
+    NormSpec,
+    RowStatistics,
+)
 from jax_layernorm._kernel_op import Problem
 from jax_layernorm._kernels import _rows
 
@@ -38,26 +43,13 @@ platforms = ("cpu",)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-def unsupported(problem: Problem) -> str | None:
-    if problem.platform != "cpu":
-        return "it is for CPUs"
-    if problem.exported:
-        return (
-            "the program is exported, and a call of a native library is no stable part of"
-            " one (what jax.export refuses but under DisabledSafetyCheck.custom_call)"
-        )
-    rows = _rows.as_rows(problem)
-    return rows if isinstance(rows, str) else _not_loaded()
-
-
 def not_default(problem: Problem) -> str | None:
     del problem
     return None
 
 
-def forward(problem: Problem) -> Callable[..., Forward]:
-    rows = _rows.as_rows(problem)
-    assert not isinstance(rows, str)
+def forward(problem: Problem) -> Callable[..., ForwardOutputs]:
+    rows = _supported_rows(problem)
     matrix, stats = (rows.rows, rows.features), (rows.rows,)
 
     def run(
@@ -68,15 +60,15 @@ def forward(problem: Problem) -> Callable[..., Forward]:
         mask: None,
         *,
         spec: NormSpec,
-        with_moments: bool,
-    ) -> Forward:
+        with_statistics: bool,
+    ) -> ForwardOutputs:
         del mask
         normalized = x.dtype
         if residual is not None:
             with jax.numpy_dtype_promotion("standard"):
                 normalized = jnp.promote_types(x.dtype, residual.dtype)
         compute = _equations.compute_dtype(normalized)
-        numbers = with_moments * (3 if spec.center else 1)
+        numbers = with_statistics * (3 if spec.center else 1)
         results = [
             jax.ShapeDtypeStruct(matrix, spec.dtype),
             *[jax.ShapeDtypeStruct(matrix, normalized)] * (residual is not None),
@@ -90,42 +82,41 @@ def forward(problem: Problem) -> Callable[..., Forward]:
         ]
         y, *rest = jax.ffi.ffi_call(FORWARD, results)(
             *operands,
-            has=_letters(r=residual, s=scale, b=bias, m=with_moments or None),
+            has=_letters(r=residual, s=scale, b=bias, m=with_statistics or None),
             center=spec.center,
             epsilon=np.float64(spec.epsilon),
             scale_offset=np.float64(spec.scale_offset),
         )
-        total = None if residual is None else rest.pop(0).reshape(x.shape)
-        moments = None
-        if with_moments:
+        residual_out = None if residual is None else rest.pop(0).reshape(x.shape)
+        statistics = None
+        if with_statistics:
             kept = [1 if i - x.ndim in spec.axes else n for i, n in enumerate(x.shape)]
             *mean, rstd = (statistic.reshape(kept) for statistic in rest)
             high, low = mean if spec.center else (None, None)
-            moments = Moments(high, low, rstd)
-        return Forward(y.reshape(x.shape), total, moments)
+            statistics = RowStatistics(high, low, rstd)
+        return ForwardOutputs(y.reshape(x.shape), residual_out, statistics)
 
     return run
 
 
-def backward(problem: Problem) -> Callable[..., Backward]:
-    rows = _rows.as_rows(problem)
-    assert not isinstance(rows, str)
+def backward(problem: Problem) -> Callable[..., BackwardOutputs]:
+    rows = _supported_rows(problem)
     matrix, stats = (rows.rows, rows.features), (rows.rows,)
 
     def run(
         x: Any,
         scale: Any,
         mask: None,
-        moments: Moments,
+        statistics: RowStatistics,
         dy: Any,
-        dtotal: Any,
+        dresidual_out: Any,
         dmean: Any,
         drstd: Any,
         *,
         spec: NormSpec,
         scale_shape: tuple[int, ...] | None,
         bias_shape: tuple[int, ...] | None,
-    ) -> Backward:
+    ) -> BackwardOutputs:
         del mask
         compute = _equations.compute_dtype(x.dtype)
         gradients = [
@@ -139,11 +130,11 @@ def backward(problem: Problem) -> Callable[..., Backward]:
             *_each(scale, (-1, rows.features)),
             *(
                 statistic.reshape(stats)
-                for statistic in moments
+                for statistic in statistics
                 if statistic is not None
             ),
             dy.reshape(matrix),
-            *_each(dtotal, matrix),
+            *_each(dresidual_out, matrix),
             *_each(dmean, stats),
             *_each(drstd, stats),
         ]
@@ -153,7 +144,7 @@ def backward(problem: Problem) -> Callable[..., Backward]:
         )(
             *operands,
             has=_letters(
-                s=scale, t=dtotal, m=dmean, d=drstd, S=scale_shape, B=bias_shape
+                s=scale, t=dresidual_out, m=dmean, d=drstd, S=scale_shape, B=bias_shape
             ),
             center=spec.center,
             scale_offset=np.float64(spec.scale_offset),
@@ -162,9 +153,23 @@ def backward(problem: Problem) -> Callable[..., Backward]:
             None if shape is None else rest.pop(0).reshape(shape)
             for shape in (scale_shape, bias_shape)
         )
-        return Backward(dx.reshape(x.shape), dscale, dbias)
+        return BackwardOutputs(dx.reshape(x.shape), dscale, dbias)
 
     return run
+
+
+def _supported_rows(problem: Problem) -> _rows.Rows:
+    """The problem as rows; raises if the kernel cannot run it."""
+    if problem.exported:
+        raise NotImplementedError(
+            "the program is exported, and a call of a native library is no stable part of"
+            " one (what jax.export refuses but under DisabledSafetyCheck.custom_call)"
+        )
+    rows = _rows.as_rows(problem)
+    reason = _not_loaded()
+    if reason is not None:
+        raise NotImplementedError(reason)
+    return rows
 
 
 def _each(operand: Any, shape: tuple[int, ...]) -> list[Any]:

@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jax_layernorm._equations import Moments, NormSpec
+from jax_layernorm._equations import NormSpec, RowStatistics
 from jax_layernorm._kernels.pallas_tpu import _blocks, _forward
 from jax_layernorm._kernels.pallas_tpu._blocks import (
     CORES,
@@ -33,7 +33,7 @@ for every few blocks, which each has to ask for, costs more cycles than one for 
 class RowSums(NamedTuple):
     """Scratch of the kernel for wide rows; statistics in every lane."""
 
-    given: Moments
+    given: RowStatistics
     g: Any
     g_x_hat: Any
 
@@ -41,9 +41,9 @@ class RowSums(NamedTuple):
 def backward(
     x: Any,
     scale: Any,
-    moments: Moments,
+    statistics: RowStatistics,
     dy: Any,
-    dtotal: Any,
+    dresidual_out: Any,
     *,
     spec: NormSpec,
     with_dscale: bool,
@@ -51,12 +51,14 @@ def backward(
 ) -> tuple[Any, Any, Any]:
     """`dx`, and `dscale` and `dbias` as (1, features) of float32 or None."""
     rows, features = x.shape
-    given: Moments | None = moments
+    given: RowStatistics | None = statistics
     if x.dtype != jnp.float32:  # see the accuracy notes in `pallas_tpu`
-        given = moments._replace(mean_low=None)
-    whole = [a.dtype.itemsize for a in (x, dy, dtotal, x) if a is not None]
+        given = statistics._replace(mean_low=None)
+    whole = [a.dtype.itemsize for a in (x, dy, dresidual_out, x) if a is not None]
     if _blocks.is_narrow(features):
-        given = Moments(None, None, moments.rstd)  # deviations are computed again
+        given = RowStatistics(
+            None, None, statistics.rstd
+        )  # deviations are computed again
     cut = _blocks.blocks(rows, features, whole, STEP, backward=True)
     if cut.shared > 1 and rows <= AT_ONCE:
         every = _blocks.round_up(rows, LANES)
@@ -69,11 +71,11 @@ def backward(
         k = core * steps + step
         return k if steps * cores == count else jnp.minimum(k, count - 1)
 
-    def moment_block(core: Any, step: Any) -> tuple[int, Any]:
+    def statistic_block(core: Any, step: Any) -> tuple[int, Any]:
         return 0, cut.span_of(number(core, step), count)
 
     row_spec = pl.BlockSpec((cut.rows, features), lambda i, j: (number(i, j), 0))
-    moment_spec = pl.BlockSpec((1, cut.span), moment_block)
+    statistic_spec = pl.BlockSpec((1, cut.span), statistic_block)
     parameter_spec = pl.BlockSpec((1, features), lambda i, j: (0, 0))
     sum_spec = pl.BlockSpec((1, SUBLANES, features), lambda i, j: (i, 0, 0))
     sums = jax.ShapeDtypeStruct((cores, SUBLANES, features), jnp.float32)
@@ -94,8 +96,8 @@ def backward(
         inputs=[
             (x, row_spec),
             (dy, row_spec),
-            (dtotal, row_spec),
-            (given, jax.tree.map(lambda _: moment_spec, given)),
+            (dresidual_out, row_spec),
+            (given, jax.tree.map(lambda _: statistic_spec, given)),
             (scale, parameter_spec),
         ],
         outputs=[
@@ -139,8 +141,8 @@ def _exists(block: Any, blocks: Blocks, first: Any, n: int, rows: int) -> Any:
 def _backward_kernel(
     x_ref: Any,
     dy_ref: Any,
-    dtotal_ref: Any,
-    moments_ref: Moments,
+    dresidual_out_ref: Any,
+    statistics_ref: RowStatistics,
     scale_ref: Any,
     dx_ref: Any,
     dscale_ref: Any,
@@ -154,16 +156,16 @@ def _backward_kernel(
 ) -> None:
     """Rows that fit into registers: straight through."""
     features = x_ref.shape[1]
-    share = 1 / features
+    inv_n = 1 / features
     gamma = None if scale_ref is None else scale_ref[...] + spec.scale_offset
-    gamma_share = share if gamma is None else gamma * share
-    given = jax.tree.leaves(moments_ref)
+    gamma_inv_n = inv_n if gamma is None else gamma * inv_n
+    given = jax.tree.leaves(statistics_ref)
     narrow = _blocks.is_narrow(features)
     means_of_g = None
     if narrow and dy_ref.dtype == jnp.bfloat16:
-        shares = jnp.broadcast_to(gamma_share, (features, features))
-        high = shares.astype(jnp.bfloat16)
-        low = (shares - high.astype(jnp.float32)).astype(jnp.bfloat16)
+        gamma_inv_n_rows = jnp.broadcast_to(gamma_inv_n, (features, features))
+        high = gamma_inv_n_rows.astype(jnp.bfloat16)
+        low = (gamma_inv_n_rows - high.astype(jnp.float32)).astype(jnp.bfloat16)
         means_of_g = jnp.concatenate([high, low], 1)
 
     def run(block: Any) -> None:
@@ -189,8 +191,8 @@ def _backward_kernel(
             x_hat = x * rstd
             dy_x_hat = dy * x_hat
             g = dy if gamma is None else dy * gamma
-            # `share` is a factor of gamma here, for one multiplication less.
-            dx = g - x_hat * jnp.sum(dy_x_hat * gamma_share, 1, keepdims=True)
+            # `inv_n` is a factor of gamma here, for one multiplication less.
+            dx = g - x_hat * jnp.sum(dy_x_hat * gamma_inv_n, 1, keepdims=True)
             if spec.center and means_of_g is not None:
                 dx = dx - _blocks.product(
                     jnp.concatenate([dy_ref[here, :]] * 2, 1),
@@ -198,10 +200,10 @@ def _backward_kernel(
                     transposed=True,
                 )
             elif spec.center:
-                dx = dx - jnp.sum(g, 1, keepdims=True) * share
+                dx = dx - jnp.sum(g, 1, keepdims=True) * inv_n
             dx = dx * rstd
-            if dtotal_ref is not None:
-                dx = dx + dtotal_ref[here, :].astype(jnp.float32)
+            if dresidual_out_ref is not None:
+                dx = dx + dresidual_out_ref[here, :].astype(jnp.float32)
             dx_ref[here, :] = dx.astype(dx_ref.dtype)
             for ref, terms in ((dscale_ref, dy_x_hat), (dbias_ref, dy)):
                 if ref is not None:
@@ -216,8 +218,8 @@ def _backward_kernel(
 def _wide_kernel(
     x_ref: Any,
     dy_ref: Any,
-    dtotal_ref: Any,
-    moments_ref: Moments,
+    dresidual_out_ref: Any,
+    statistics_ref: RowStatistics,
     scale_ref: Any,
     dx_ref: Any,
     dscale_ref: Any,
@@ -233,7 +235,7 @@ def _wide_kernel(
     count: int,
 ) -> None:
     """Rows that do not: two passes over tiles of columns, `g` and `x_hat` in between."""
-    share = 1 / x_ref.shape[1]
+    inv_n = 1 / x_ref.shape[1]
     tiles = _blocks.tiles(x_ref.shape, TILE_REGISTERS)
     *means, rstd_ref = jax.tree.leaves(sums_ref.given)
 
@@ -242,7 +244,7 @@ def _wide_kernel(
         for first in range(0, blocks.rows, LANES):
             here = _blocks.Diagonals(offset + first, min(blocks.rows, LANES))
             for ref, kept_ref in zip(
-                jax.tree.leaves(moments_ref),
+                jax.tree.leaves(statistics_ref),
                 jax.tree.leaves(sums_ref.given),
                 strict=True,
             ):
@@ -283,8 +285,8 @@ def _wide_kernel(
         for ref in (sums_ref.g, sums_ref.g_x_hat):
             for first in range(0, blocks.rows, MIN_ROWS):
                 here = pl.ds(first, MIN_ROWS)
-                total = jnp.sum(ref[here, :], 1, keepdims=True) * share
-                ref[here, :] = jnp.broadcast_to(total, (MIN_ROWS, LANES))
+                mean = jnp.sum(ref[here, :], 1, keepdims=True) * inv_n
+                ref[here, :] = jnp.broadcast_to(mean, (MIN_ROWS, LANES))
 
         def second_pass(row: Any, column: Any) -> None:
             for q in range(0, tiles.rows, SUBLANES):
@@ -295,8 +297,8 @@ def _wide_kernel(
                     dx = dx - tiles.spread(sums_ref.g[here, :])
                 dx = dx - x_hat * tiles.spread(sums_ref.g_x_hat[here, :])
                 dx = dx * tiles.spread(rstd_ref[here, :])
-                if dtotal_ref is not None:
-                    dx = dx + tiles.load(dtotal_ref, row + q, column)
+                if dresidual_out_ref is not None:
+                    dx = dx + tiles.load(dresidual_out_ref, row + q, column)
                 tiles.store(dx_ref, row + q, column, dx)
 
         tiles.each(second_pass)

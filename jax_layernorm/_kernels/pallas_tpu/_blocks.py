@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jax_layernorm._kernels.pallas_tpu import LANES, MIN_ROWS, rows_that_fit
+from jax_layernorm._kernels.pallas_tpu._limits import LANES, MIN_ROWS, rows_that_fit
 
 SUBLANES = 8
 CORES = 2
@@ -121,8 +121,8 @@ def mean_by_product(values: Any) -> Any:
         bits = lax.bitcast_convert_type(values, jnp.int32) & ~0xFFFF
         high = lax.bitcast_convert_type(bits, jnp.float32)
         values = jnp.concatenate([high, values - high], 1)
-    share = jnp.full((values.shape[1], features), 1 / features, values.dtype)
-    return product(values, share)
+    inv_n = jnp.full((values.shape[1], features), 1 / features, values.dtype)
+    return product(values, inv_n)
 
 
 def centered_by_product(values: Any) -> Any:
@@ -140,8 +140,8 @@ def centered_by_product(values: Any) -> Any:
 def mean_as_diagonals(values: Any) -> Any:
     """The mean of each row of bfloat16, for whole 128 rows: `values @ full` transposed."""
     rows, features = values.shape
-    share = jnp.full((SUBLANES, features), 1 / features, values.dtype)
-    along = product(share, values, transposed=True)
+    inv_n = jnp.full((SUBLANES, features), 1 / features, values.dtype)
+    along = product(inv_n, values, transposed=True)
     return jnp.concatenate([along[:, k : k + LANES] for k in range(0, rows, LANES)], 0)
 
 

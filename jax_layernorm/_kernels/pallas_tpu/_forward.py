@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jax_layernorm import _equations
-from jax_layernorm._equations import Moments, NormSpec
+from jax_layernorm._equations import NormSpec, RowStatistics
 from jax_layernorm._kernels.pallas_tpu import _blocks
 from jax_layernorm._kernels.pallas_tpu._blocks import (
     LANES,
@@ -44,18 +44,18 @@ def forward(
     bias: Any,
     *,
     spec: NormSpec,
-    total_dtype: Any,
-    with_moments: bool,
-) -> tuple[Any, Any, Moments | None]:
-    """`y`, `total` and, as (1, rows) each, the moments, of matrices."""
+    residual_out_dtype: Any,
+    with_statistics: bool,
+) -> tuple[Any, Any, RowStatistics | None]:
+    """`y`, `residual_out` and, as (1, rows) each, the statistics, of matrices."""
     rows, features = x.shape
     whole = [(x.dtype, x), (spec.dtype, x)]
     if residual is not None:
-        whole += [(residual.dtype, x), (total_dtype, x)]
+        whole += [(residual.dtype, x), (residual_out_dtype, x)]
     itemsizes = [jnp.dtype(dtype).itemsize for dtype, _ in whole]
     cut = _blocks.blocks(rows, features, itemsizes, STEP, backward=False)
     count = pl.cdiv(rows, cut.rows)
-    shared = min(cut.shared, count) if with_moments else 1
+    shared = min(cut.shared, count) if with_statistics else 1
 
     def block(i: Any, j: Any) -> tuple[Any, int]:
         k = i * shared + j
@@ -63,25 +63,25 @@ def forward(
 
     row_spec = pl.BlockSpec((cut.rows, features), block)
     parameter_spec = pl.BlockSpec((1, features), lambda i, j: (0, 0))
-    moment_spec = pl.BlockSpec((1, cut.span), lambda i, j: (0, i))
+    statistic_spec = pl.BlockSpec((1, cut.span), lambda i, j: (0, i))
     matrix = functools.partial(jax.ShapeDtypeStruct, x.shape)
-    moment: Any = jax.ShapeDtypeStruct((1, rows), jnp.float32)
-    low_word = total_dtype == jnp.float32
-    moments = Moments(
-        moment if spec.center else None,
-        moment if spec.center and low_word else None,
-        moment,
+    statistic: Any = jax.ShapeDtypeStruct((1, rows), jnp.float32)
+    low_word = residual_out_dtype == jnp.float32
+    statistics = RowStatistics(
+        statistic if spec.center else None,
+        statistic if spec.center and low_word else None,
+        statistic,
     )
     diagonal = pltpu.VMEM((cut.span // LANES * SUBLANES, LANES), jnp.float32)
-    moment_specs = jax.tree.map(lambda _: moment_spec, moments)
+    statistic_specs = jax.tree.map(lambda _: statistic_spec, statistics)
     wide = _blocks.is_wide(features)
     scratch: list[Any] = [None]
-    if with_moments:
-        scratch = [jax.tree.map(lambda _: diagonal, moments)]
+    if with_statistics:
+        scratch = [jax.tree.map(lambda _: diagonal, statistics)]
     if wide:
         scratch.append(RowSums(*[pltpu.VMEM((cut.rows, LANES), jnp.float32)] * 3))
     kernel = _wide_kernel if wide else _forward_kernel
-    y, total, moments = _blocks.call(
+    y, residual_out, statistics = _blocks.call(
         functools.partial(kernel, spec=spec, blocks=cut, shared=shared),
         "layer_norm_forward",
         grid=(pl.cdiv(count, shared), shared),
@@ -93,13 +93,13 @@ def forward(
         ],
         outputs=[
             (matrix(spec.dtype), row_spec),
-            (None if residual is None else matrix(total_dtype), row_spec),
-            (moments, moment_specs) if with_moments else (None, None),
+            (None if residual is None else matrix(residual_out_dtype), row_spec),
+            (statistics, statistic_specs) if with_statistics else (None, None),
         ],
         scratch=scratch,
         flops_per_element=8,
     )
-    return y, total, moments
+    return y, residual_out, statistics
 
 
 def _forward_kernel(
@@ -108,8 +108,8 @@ def _forward_kernel(
     scale_ref: Any,
     bias_ref: Any,
     y_ref: Any,
-    total_ref: Any,
-    moments_ref: Any,
+    residual_out_ref: Any,
+    statistics_ref: Any,
     diagonals_ref: Any,
     *,
     spec: NormSpec,
@@ -125,38 +125,42 @@ def _forward_kernel(
     def step(first: Any, rows: Any) -> None:
         x = x_ref[rows, :]
         if residual_ref is not None:
-            total = residual_ref[rows, :].astype(jnp.float32) + x.astype(jnp.float32)
-            x = total.astype(total_ref.dtype)
-            total_ref[rows, :] = x
+            residual_out = residual_ref[rows, :].astype(jnp.float32) + x.astype(
+                jnp.float32
+            )
+            x = residual_out.astype(residual_out_ref.dtype)
+            residual_out_ref[rows, :] = x
         c, squares, means = centered(x, spec)
         r = rsqrt(squares)
         y = c * (r * norm) if gamma is None else c * r * gamma
         if bias_ref is not None:
             y = y + bias_ref[...]
         y_ref[rows, :] = y.astype(y_ref.dtype)
-        if moments_ref is not None:
+        if statistics_ref is not None:
             diagonals = Diagonals(offset + first, blocks.step)
-            moments = _moments(means, squares, norm, diagonals)
+            statistics = _statistics(means, squares, norm, diagonals)
             if spec.center and not means:
-                moments = moments._replace(mean=_blocks.mean_as_diagonals(x))
-            _store(moments, diagonals, diagonals_ref)
+                statistics = statistics._replace(mean=_blocks.mean_as_diagonals(x))
+            _store(statistics, diagonals, diagonals_ref)
 
     _blocks.in_steps(blocks, step)
-    _write(diagonals_ref, moments_ref, shared)
+    _write(diagonals_ref, statistics_ref, shared)
 
 
-def _store(moments: Moments, diagonals: Diagonals, refs: Moments) -> None:
-    for moment, ref in zip(moments, refs, strict=True):
+def _store(
+    statistics: RowStatistics, diagonals: Diagonals, refs: RowStatistics
+) -> None:
+    for statistic, ref in zip(statistics, refs, strict=True):
         if ref is not None:
-            diagonals.store(moment, ref)
+            diagonals.store(statistic, ref)
 
 
-def _write(diagonals_ref: Any, moments_ref: Any, shared: int) -> None:
-    if moments_ref is None:
+def _write(diagonals_ref: Any, statistics_ref: Any, shared: int) -> None:
+    if statistics_ref is None:
         return
 
     def write() -> None:
-        jax.tree.map(_blocks.write_statistics, diagonals_ref, moments_ref)
+        jax.tree.map(_blocks.write_statistics, diagonals_ref, statistics_ref)
 
     if shared > 1:
         pl.when(pl.program_id(1) == shared - 1)(write)
@@ -170,8 +174,8 @@ def _wide_kernel(
     scale_ref: Any,
     bias_ref: Any,
     y_ref: Any,
-    total_ref: Any,
-    moments_ref: Any,
+    residual_out_ref: Any,
+    statistics_ref: Any,
     diagonals_ref: Any,
     sums_ref: RowSums,
     *,
@@ -183,7 +187,7 @@ def _wide_kernel(
     tiles = _blocks.tiles(x_ref.shape, TILE_REGISTERS)
     features = x_ref.shape[1]
     norm = math.sqrt(features)
-    stored_ref = x_ref if residual_ref is None else total_ref
+    stored_ref = x_ref if residual_ref is None else residual_out_ref
     for ref in sums_ref:
         ref[...] = jnp.zeros_like(ref)
 
@@ -193,9 +197,11 @@ def _wide_kernel(
     def load(row: Any, column: Any) -> Any:
         if residual_ref is None:
             return tiles.load(x_ref, row, column)
-        total = tiles.load(residual_ref, row, column) + tiles.load(x_ref, row, column)
-        tiles.store(total_ref, row, column, total)
-        return total.astype(total_ref.dtype).astype(jnp.float32)
+        residual_out = tiles.load(residual_ref, row, column) + tiles.load(
+            x_ref, row, column
+        )
+        tiles.store(residual_out_ref, row, column, residual_out)
+        return residual_out.astype(residual_out_ref.dtype).astype(jnp.float32)
 
     def load_again(row: Any, column: Any) -> Any:
         return tiles.load(stored_ref, row, column)
@@ -242,7 +248,7 @@ def _wide_kernel(
     for first in range(0, blocks.rows if spec.center else 0, MIN_ROWS):
         here = pl.ds(first, MIN_ROWS)
         if exact_mean:
-            mean = _share(_sum(sums_ref.mean[here, :]), features)
+            mean = _mean_of_sum(_sum(sums_ref.mean[here, :]), features)
         else:  # any number near the mean will do, see `centered`
             some = x_ref[here, :LANES].astype(jnp.float32)
             if residual_ref is not None:
@@ -254,25 +260,25 @@ def _wide_kernel(
     for first in range(0, blocks.rows, LANES):
         n = min(blocks.rows, LANES)
         here = pl.ds(first, n)
-        total, means = None, ()
+        summed, means = None, ()
         if spec.center:
-            total = _sum(sums_ref.correction[here, :])
+            summed = _sum(sums_ref.correction[here, :])
             rough = sums_ref.mean[here, :]
-            correction = in_every_lane(_share(total, features))
+            correction = in_every_lane(_mean_of_sum(summed, features))
             means = rough, correction
             if exact_mean:
                 sums_ref.correction[here, :] = correction
             else:
                 sums_ref.mean[here, :] = rough + correction
         squares = _sum(sums_ref.rstd[here, :])
-        squares = _around_the_mean(squares, total, features, spec)
+        squares = _around_the_mean(squares, summed, features, spec)
         sums_ref.rstd[here, :] = in_every_lane(lax.rsqrt(squares) * norm)
-        if moments_ref is not None:
+        if statistics_ref is not None:
             diagonals = Diagonals(offset + first, n)
-            moments = _moments(means, squares, norm, diagonals)
-            _store(moments, diagonals, diagonals_ref)
+            statistics = _statistics(means, squares, norm, diagonals)
+            _store(statistics, diagonals, diagonals_ref)
     tiles.each(write_pass)
-    _write(diagonals_ref, moments_ref, shared)
+    _write(diagonals_ref, statistics_ref, shared)
 
 
 def centered(x: Any, spec: NormSpec) -> tuple[Any, Any, tuple[Any, ...]]:
@@ -300,19 +306,21 @@ def centered(x: Any, spec: NormSpec) -> tuple[Any, Any, tuple[Any, ...]]:
         # second is in float32: the mean of some columns takes fewer operations.
         rough = _mean(x[:, :LANES] if half else x)
     c = x - rough
-    total = _sum(c)
-    correction = _share(total, features)
-    squares = _around_the_mean(_sum(c * c), total, features, spec)
+    summed = _sum(c)
+    correction = _mean_of_sum(summed, features)
+    squares = _around_the_mean(_sum(c * c), summed, features, spec)
     return c - correction, squares, (rough, correction)
 
 
-def _moments(means: Any, squares: Any, norm: float, diagonals: Diagonals) -> Moments:
+def _statistics(
+    means: Any, squares: Any, norm: float, diagonals: Diagonals
+) -> RowStatistics:
     """As diagonals; the mean in two words, if it is the sum of two."""
     words: list[Any] = [diagonals.gather(mean) for mean in means]
     if len(words) == 2:
         words = list(_equations._two_sum(*words))
     mean, mean_low = (words + [None, None])[:2]
-    return Moments(mean, mean_low, lax.rsqrt(diagonals.gather(squares)) * norm)
+    return RowStatistics(mean, mean_low, lax.rsqrt(diagonals.gather(squares)) * norm)
 
 
 def _sum(x: Any) -> Any:
@@ -320,29 +328,29 @@ def _sum(x: Any) -> Any:
 
 
 def _mean(x: Any) -> Any:
-    return _share(_sum(x), x.shape[1])
+    return _mean_of_sum(_sum(x), x.shape[1])
 
 
-def _share(total: Any, features: int) -> Any:
-    """`total / features`, a mean.
+def _mean_of_sum(summed: Any, features: int) -> Any:
+    """`summed / features`, a mean.
 
     Exact where all of a row is one small multiple of a unit in the last place: of a
     constant row's deviations, that is, so that its `y` is the bias.
     """
     if features & (features - 1):
-        return total / features
-    return total * (1 / features)
+        return summed / features
+    return summed * (1 / features)
 
 
-def _around_the_mean(squares: Any, total: Any, features: int, spec: NormSpec) -> Any:
+def _around_the_mean(squares: Any, summed: Any, features: int, spec: NormSpec) -> Any:
     """`features / rstd**2`, from the sums of `c * c` and, but where it is 0, of `c`.
 
     Infinite where the squares overflow.
     """
-    if total is not None:
+    if summed is not None:
         largest = jnp.finfo(jnp.float32).max
-        total = total * (1 / math.sqrt(features))
-        less = squares - jnp.minimum(total * total, largest)
+        summed = summed * (1 / math.sqrt(features))
+        less = squares - jnp.minimum(summed * summed, largest)
         squares = jnp.where(less < 0, 0.0, less)  # and NaN stays NaN
     return squares + spec.epsilon * features
 
