@@ -25,11 +25,17 @@ from transform_cases import (
     draw,
     forward_mode,
     loss_of,
+    outside_jit,
     unweighted_loss_of,
 )
 
 X_SHARDED = draw(4, *X.shape[1:], seed=11)
 DX_SHARDED = draw(4, *X.shape[1:], seed=12)
+
+
+def on_devices(tree):
+    return jax.tree.map(jnp.asarray, tree)
+
 
 # Control flow.
 
@@ -177,6 +183,7 @@ def jvp_of_remat(norm):
 # Lowering and export.
 
 
+@outside_jit
 @case
 def lowered_for_three_platforms(norm):
     gradients = jax.jit(jax.grad(loss_of(norm), BOTH)).trace(PARAMS, X)
@@ -191,11 +198,13 @@ def through_export(norm, x, platforms):
     return y, pullback(jnp.asarray(DY))
 
 
+@outside_jit
 @case
 def exported_for_three_platforms(norm):
     return through_export(norm, X, ("cpu", "cuda", "tpu"))
 
 
+@outside_jit
 @case
 def exported_with_a_symbolic_batch(norm):
     (batch,) = export.symbolic_shape("batch")
@@ -245,7 +254,9 @@ def grad_inside_shard_map(norm):
 def hvp_of_shard_map(norm):
     sharded = over_two_devices(norm, P("data"))
     gradient = jax.grad(unweighted_loss_of(sharded), BOTH)
-    return jax.jvp(gradient, (PARAMS, X_SHARDED), (DPARAMS, DX_SHARDED))
+    return jax.jvp(
+        gradient, on_devices((PARAMS, X_SHARDED)), on_devices((DPARAMS, DX_SHARDED))
+    )
 
 
 @case
@@ -257,7 +268,9 @@ def grad_of_shard_map_of_vmap(norm):
 @forward_mode
 def jvp_of_shard_map(norm):
     sharded = over_two_devices(norm, P("data"))
-    return jax.jvp(sharded, (PARAMS, X_SHARDED), (DPARAMS, DX_SHARDED))
+    return jax.jvp(
+        sharded, on_devices((PARAMS, X_SHARDED)), on_devices((DPARAMS, DX_SHARDED))
+    )
 
 
 def explicitly_sharded(function, *arguments):
@@ -276,12 +289,14 @@ def explicitly_sharded(function, *arguments):
     return jax.tree.map(np.asarray, results)
 
 
+@outside_jit
 @case
 def grad_with_explicit_sharding(norm):
     gradient = jax.value_and_grad(unweighted_loss_of(norm), BOTH)
     return explicitly_sharded(gradient, PARAMS, X_SHARDED)
 
 
+@outside_jit
 @forward_mode
 def jvp_with_explicit_sharding(norm):
     def along(*arguments):
@@ -290,6 +305,7 @@ def jvp_with_explicit_sharding(norm):
     return explicitly_sharded(along, PARAMS, X_SHARDED, DPARAMS, DX_SHARDED)
 
 
+@outside_jit
 @case
 def grad_with_automatic_sharding(norm):
     mesh = mesh_of_two(AxisType.Auto)
@@ -299,6 +315,7 @@ def grad_with_automatic_sharding(norm):
     return jax.tree.map(np.asarray, gradients(jax.tree.map(put, PARAMS), x))
 
 
+@outside_jit
 @case
 def grad_under_jax_enable_checks(norm):
     jax.config.update("jax_enable_checks", True)
@@ -308,6 +325,7 @@ def grad_under_jax_enable_checks(norm):
         jax.config.update("jax_enable_checks", False)
 
 
+@outside_jit
 @forward_mode
 def jvp_under_jax_enable_checks(norm):
     jax.config.update("jax_enable_checks", True)

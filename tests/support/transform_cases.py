@@ -4,6 +4,9 @@ A case is a function of `norm(params, x)` and returns a pytree of numbers. The t
 runs it with the library's norm and with plain `jax.numpy`, which JAX differentiates
 itself, and compares. `forward_mode` marks those that need `custom_vjp=False`.
 
+A case runs in one `jax.jit`, because op by op most of the time goes into compiling the
+ops; `outside_jit` marks the cases for which being outside is the point.
+
 Transformations of programs (control flow, remat, export, sharding) are in
 `program_cases`, those of functions (differentiation, vmap) here.
 """
@@ -18,6 +21,7 @@ BATCH, SEQUENCE, FEATURES = 3, 4, 6
 
 CASES = {}
 FORWARD_MODE = set()
+OUTSIDE_JIT = set()
 
 
 def case(function):
@@ -28,6 +32,16 @@ def case(function):
 def forward_mode(function):
     FORWARD_MODE.add(function.__name__)
     return case(function)
+
+
+def outside_jit(function):
+    OUTSIDE_JIT.add(function.__name__)
+    return function
+
+
+def run(name, norm):
+    function = CASES[name]
+    return function(norm) if name in OUTSIDE_JIT else jax.jit(lambda: function(norm))()
 
 
 def draw(*shape, seed):
@@ -55,6 +69,7 @@ def unweighted_loss_of(norm):
 BOTH = (0, 1)
 
 
+@outside_jit
 @case
 def eager(norm):
     return norm(PARAMS, X)
@@ -65,6 +80,7 @@ def jitted(norm):
     return jax.jit(norm)(PARAMS, X)
 
 
+@outside_jit
 @case
 def eval_shape(norm):
     shape = jax.eval_shape(norm, PARAMS, X)
@@ -220,6 +236,19 @@ def vmap_of_both(norm):
 
 
 @case
+def vmap_of_both_params_last_axis(norm):
+    last = {key: value.T for key, value in STACK.items()}
+    gradients = jax.grad(unweighted_loss_of(norm), BOTH)
+    return jax.vmap(gradients, (1, 0))(last, X_STACK)
+
+
+@case
+def vmap_of_grad_of_parameters_of_two_shapes(norm):
+    params = {"scale": PARAMS["scale"], "bias": draw(SEQUENCE, 1, seed=13)}
+    return jax.vmap(jax.grad(unweighted_loss_of(norm), BOTH), (None, 0))(params, X)
+
+
+@case
 def vmap_of_vmap(norm):
     return jax.vmap(jax.vmap(norm, (None, 0)), (0, None))(STACK, X)
 
@@ -288,6 +317,7 @@ def inside_custom_vjp(norm):
     return jax.grad(loss_of(outer), BOTH)(PARAMS, X)
 
 
+@outside_jit
 @case
 def checkify_of_jit(norm):
     from jax.experimental import checkify
@@ -298,18 +328,21 @@ def checkify_of_jit(norm):
     return y
 
 
+@outside_jit
 @case
 def debug_nans(norm):
     with jax.debug_nans(True):
         return jax.grad(loss_of(norm), BOTH)(PARAMS, X)
 
 
+@outside_jit
 @case
 def checking_leaks(norm):
     with jax.checking_leaks():
         return jax.jit(jax.grad(loss_of(norm), BOTH))(PARAMS, X)
 
 
+@outside_jit
 @case
 def disabled_jit(norm):
     with jax.disable_jit():

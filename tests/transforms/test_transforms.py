@@ -1,6 +1,7 @@
 """Norms come through every transformation with the values of plain `jax.numpy`."""
 
 import functools
+import itertools
 
 import implementations
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import program_cases  # noqa: F401  adds its cases to the tables
 import pytest
-from transform_cases import CASES, FEATURES, FORWARD_MODE
+from transform_cases import CASES, FEATURES, FORWARD_MODE, run
 
 import jax_layernorm as jln
 
@@ -102,16 +103,44 @@ VARIANTS = {
     # dx is rounded to bfloat16; in a third derivative, three times over
     "adaptive bfloat16": (adaptive_bfloat16, plain_adaptive_bfloat16, 6e-2),
 }
-# What surrounds them is the same for all implementations, so one variant is enough for
-# those that are hand-written.
+# What surrounds the kernels is the same for all, so one variant is enough for those that
+# are hand-written.
 FOR_KERNELS = {
     "added with statistics": (added_with_statistics, plain_added_with_statistics, 1e-9),
 }
+
+
+def variants_of(names, *always):
+    """Each case with the variants `always`, and with one of the others in turn."""
+    others = itertools.cycle(name for name in VARIANTS if name not in always)
+    return [(name, variant) for name in names for variant in (*always, next(others))]
+
+
 RUNS = [
-    (implementation, variant)
-    for implementation in implementations.NAMES
-    for variant in (VARIANTS if implementation == "xla" else FOR_KERNELS)
+    *(
+        (name, variant, "xla")
+        for name, variant in variants_of(REVERSE_MODE, "all together")
+    ),
+    *(
+        (name, variant, implementation)
+        for name in REVERSE_MODE
+        for variant in FOR_KERNELS
+        for implementation in implementations.NAMES
+        if implementation != "xla"
+    ),
 ]
+OP_BY_OP = (
+    "vjp",
+    "grad_of_x",
+    "vmap_of_both",
+    "vmap_of_grad",
+    "grad_of_scan",
+    "grad_of_remat",
+    "shard_map",
+    "grad_of_shard_map",
+    "grad_inside_shard_map",
+)
+"""One of each kind, that runs outside `jax.jit` too."""
 # Where this kernel must say that it cannot run, and why.
 REFUSED = {
     ("native_cpu", "exported_for_three_platforms"): "it supports CPUs only|is exported",
@@ -123,12 +152,12 @@ REFUSED = {
 
 @functools.cache
 def expected(variant, name):
-    return CASES[name]((VARIANTS | FOR_KERNELS)[variant][1])
+    return run(name, (VARIANTS | FOR_KERNELS)[variant][1])
 
 
-def assert_same(variant, name, **options):
+def assert_same(variant, name, *, run=run, **options):
     norm, _, tolerance = (VARIANTS | FOR_KERNELS)[variant]
-    actual = CASES[name](lambda params, x: norm(params, x, **options))
+    actual = run(name, lambda params, x: norm(params, x, **options))
     right = expected(variant, name)
     assert jax.tree.structure(actual) == jax.tree.structure(right)
     size = 1 + max(np.max(np.abs(a), initial=0) for a in jax.tree.leaves(right))
@@ -136,9 +165,8 @@ def assert_same(variant, name, **options):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * size)
 
 
-@pytest.mark.parametrize("name", REVERSE_MODE)
-@pytest.mark.parametrize(("implementation", "variant"), RUNS)
-def test_reverse_mode_works(variant, name, implementation):
+@pytest.mark.parametrize(("name", "variant", "implementation"), RUNS)
+def test_reverse_mode_works(name, variant, implementation):
     # What is named runs or raises; the default is the first of these that can run.
     implementations.needed(implementation)
     reason = REFUSED.get((implementation, name))
@@ -149,16 +177,29 @@ def test_reverse_mode_works(variant, name, implementation):
             assert_same(variant, name, implementation=implementation)
 
 
-@pytest.mark.parametrize("name", sorted(CASES))
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_everything_works_with_custom_vjp_false(variant, name):
+@pytest.mark.parametrize(("name", "variant"), variants_of(sorted(CASES)))
+def test_everything_works_with_custom_vjp_false(name, variant):
     assert_same(variant, name, custom_vjp=False)
+
+
+@pytest.mark.parametrize("name", OP_BY_OP)
+def test_reverse_mode_works_op_by_op(name):
+    assert_same("layer norm", name, run=lambda name, norm: CASES[name](norm))
+
+
+def test_forward_mode_of_a_shard_map_works_op_by_op():
+    assert_same(
+        "layer norm",
+        "jvp_of_shard_map",
+        run=lambda name, norm: CASES[name](norm),
+        custom_vjp=False,
+    )
 
 
 @pytest.mark.parametrize("name", sorted(FORWARD_MODE))
 def test_forward_mode_with_the_defaults_raises_rather_than_return_a_number(name):
     with pytest.raises(Exception, match=r"custom_vjp|custom_lin|trace|Tracer") as error:
-        CASES[name](layer_norm)
+        run(name, layer_norm)
     assert not isinstance(error.value, AssertionError)
 
 

@@ -12,8 +12,8 @@ word of the mean is not read backward: what bfloat16 can hold of a deviation is 
 `dscale` and `dbias` are summed in a fixed order.
 
 Limits: bfloat16 and float32; rows of which `_limits.MIN_ROWS` fit into fast memory; one
-row of parameters, so that the backward pass under `jax.vmap`, where each example has gradients
-of its own, is the XLA form's. A row whose plain sum overflows, beyond 1e38 / features,
+row of parameters (under `jax.vmap`, where each example has parameter gradients of its
+own, XLA runs the backward pass). A row whose plain sum overflows, beyond 1e38 / features,
 is NaN.
 """
 

@@ -1,0 +1,329 @@
+"""`python -m jax_layernorm check`: is every implementation right and fast on this device?
+
+Each implementation that can run here computes the four norms, forward and backward in
+one program, and is compared with float64 NumPy and with a copy of as many bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_layernorm import _functions, _kernels
+from jax_layernorm._explain import explain, print_environment
+
+SHAPES = (
+    (4096, 768),
+    (2048, 4096),
+    (16384, 128),
+    (256, 16384),
+    (1000, 1000),
+    (16, 8192),
+)
+DTYPES = ("bfloat16", "float32")
+NORMS = {
+    "layer_norm": _functions.layer_norm,
+    "rms_norm": _functions.rms_norm,
+    "add_layer_norm": _functions.add_layer_norm,
+    "add_rms_norm": _functions.add_rms_norm,
+}
+ACCELERATOR_ROWS = 8
+"""So many times the rows on a GPU or TPU, which keep the smaller arrays in a cache."""
+ULPS = 8
+"""An error of y or dx beyond this is wrong: a few roundings of float32."""
+SAMPLES = 64
+"""Rows of y and dx, and columns of dscale and dbias, that are compared."""
+SECONDS = 0.05
+"""Of calls that are timed, at the least, for each program."""
+
+
+class Problem(NamedTuple):
+    """One case: host arrays, all of them random."""
+
+    norm: str
+    params: dict[str, np.ndarray]
+    arrays: tuple[np.ndarray, ...]  # x, or x and residual
+    cotangents: tuple[np.ndarray, ...]  # dy, or dy and dresidual_out
+
+    @property
+    def adds(self) -> bool:
+        return len(self.arrays) == 2
+
+    @property
+    def moved_bytes(self) -> int:
+        """The fewest bytes: forward and backward each read and write whole arrays once."""
+        return (8 if self.adds else 5) * self.arrays[0].nbytes
+
+
+class Errors(NamedTuple):
+    """The largest ones, in units of the last place; NaN if a result has one."""
+
+    y: float
+    dx: float
+    sums: float  # dscale and dbias
+
+    def too_large(self, rows: int) -> bool:
+        """A sum of n terms errs, by chance, like the square root of n."""
+        limits = (ULPS, ULPS, ULPS + math.sqrt(rows))
+        return not all(e <= limit for e, limit in zip(self, limits, strict=True))
+
+
+class Row(NamedTuple):
+    """One line of the table: one implementation of one problem."""
+
+    shape: tuple[int, int]
+    dtype: str
+    norm: str
+    implementation: str
+    errors: Errors
+    seconds: float
+    copy_seconds: float
+
+    @property
+    def is_wrong(self) -> bool:
+        """Flax's errors are shown and not judged."""
+        return self.implementation != "Flax" and self.errors.too_large(self.shape[0])
+
+    def __str__(self) -> str:
+        rows, features = self.shape
+        return (
+            f"{f'{rows}x{features}':<12}{self.dtype:<10}{self.norm:<16}"
+            f"{self.implementation:<12}{self.errors.y:>8.3g}{self.errors.dx:>8.3g}"
+            f"{self.errors.sums:>10.3g}{self.seconds * 1e6:>10.0f}"
+            f"{self.copy_seconds / self.seconds:>8.2f}{'  WRONG' * self.is_wrong}"
+        )
+
+
+HEADER = (
+    f"{'':<50}{'error, ulp':^26}\n{'shape':<12}{'dtype':<10}{'norm':<16}"
+    f"{'by':<12}{'y':>8}{'dx':>8}{'sums':>10}{'us':>10}{'of copy':>8}"
+)
+
+
+def draw(norm: str, shape: tuple[int, int], dtype: str) -> Problem:
+    """Rows of mean 3 and standard deviation 1."""
+    rng = np.random.default_rng(0)
+    rows, features = shape
+
+    def normal(*size: int) -> np.ndarray:
+        return rng.standard_normal(size, np.float32)
+
+    params = {"scale": 1 + 0.3 * normal(features)}
+    if "layer" in norm:
+        params["bias"] = 0.3 * normal(features)
+    count = 2 if norm.startswith("add_") else 1
+    arrays = [(normal(rows, features) + 3 / count).astype(dtype) for _ in range(count)]
+    cotangents = [normal(rows, features).astype(dtype) for _ in range(count)]
+    return Problem(norm, params, tuple(arrays), tuple(cotangents))
+
+
+def program(norm: Callable[..., Any]) -> Callable[..., Any]:
+    """`(params, arrays, cotangents) -> (y, what was normalized), dparams, dx`, jitted."""
+
+    def run(params: Any, arrays: Any, cotangents: Any) -> Any:
+        out, pullback = jax.vjp(norm, params, *arrays)
+        adds = len(arrays) == 2
+        dparams, dx, *_ = pullback(cotangents if adds else cotangents[0])
+        return out if adds else (out, arrays[0]), dparams, dx
+
+    return jax.jit(run)
+
+
+def platforms() -> tuple[str, ...]:
+    """What lowering may call this device's platform."""
+    backend = jax.default_backend()
+    return ("cuda", "rocm") if backend == "gpu" else (backend,)
+
+
+def candidates(norm: str) -> dict[str, Callable[..., Any]]:
+    """The implementations of this device's platform, and Flax's norm if installed."""
+    found: dict[str, Callable[..., Any]] = {
+        name: functools.partial(NORMS[norm], implementation=name)
+        for name, kernel in _kernels.KERNELS.items()
+        if set(platforms()) & set(kernel.platforms)
+    }
+    try:
+        import flax.linen as nn
+    except ModuleNotFoundError:
+        return found
+
+    def flaxs(params: Any, x: Any, residual: Any = None) -> Any:
+        summed = x if residual is None else residual + x
+        module = nn.LayerNorm if "layer" in norm else nn.RMSNorm
+        y = module(dtype=x.dtype).apply({"params": params}, summed)
+        return y if residual is None else (y, summed)
+
+    return found | {"Flax": flaxs}
+
+
+class Expected(NamedTuple):
+    """What NumPy finds in float64, at some rows and some columns."""
+
+    rows: np.ndarray
+    columns: np.ndarray
+    y: np.ndarray
+    dx: np.ndarray
+    dscale: np.ndarray
+    dbias: np.ndarray
+
+
+def oracle(problem: Problem, normalized: np.ndarray) -> Expected:
+    """The norm and its gradients, two passes; `normalized` is x, or the stored sum."""
+    count, features = normalized.shape
+    rows = np.unique(np.linspace(0, count - 1, SAMPLES, dtype=int))
+    columns = np.unique(np.linspace(0, features - 1, SAMPLES, dtype=int))
+    x = normalized.astype(np.float32)
+    mean = np.zeros((count, 1))
+    if "layer" in problem.norm:
+        mean = x.mean(1, dtype=np.float64, keepdims=True)
+    rstd = np.array(
+        [1 / np.sqrt(np.mean(np.square(row - m)) + 1e-6) for row, m in zip(
+            x.astype(np.float64), mean, strict=True)]
+    )[:, None]  # fmt: skip
+    dy = problem.cotangents[0]
+
+    def at(index: Any) -> tuple[np.ndarray, np.ndarray]:
+        row = index[0]
+        x_hat = (x[index].astype(np.float64) - mean[row]) * rstd[row]
+        return x_hat, dy[index].astype(np.float64)
+
+    x_hat, some_dy = at((rows, slice(None)))
+    y = x_hat * problem.params["scale"] + problem.params.get("bias", 0)
+    g = some_dy * problem.params["scale"]
+    dx = g - x_hat * np.mean(g * x_hat, 1, keepdims=True)
+    if "layer" in problem.norm:
+        dx = dx - np.mean(g, 1, keepdims=True)
+    dx = dx * rstd[rows]
+    if problem.adds:
+        dx = dx + problem.cotangents[1][rows].astype(np.float64)
+    x_hat, some_dy = at((slice(None), columns))
+    return Expected(rows, columns, y, dx, (some_dy * x_hat).sum(0), some_dy.sum(0))
+
+
+def ulps(actual: Any, expected: np.ndarray) -> float:
+    """The largest error, in units of the last place of its row's largest right value."""
+    eps = float(jnp.finfo(actual.dtype).eps)
+    largest = np.max(np.abs(expected), -1, keepdims=True)
+    unit = eps * 2.0 ** np.floor(np.log2(largest))
+    return float(np.max(np.abs(np.asarray(actual, np.float64) - expected) / unit))
+
+
+def errors_of(out: Any, problem: Problem) -> Errors:
+    (y, normalized), dparams, dx = jax.device_get(out)
+    right = oracle(problem, normalized)
+    sums = [
+        ulps(gradient[right.columns], getattr(right, f"d{name}"))
+        for name, gradient in dparams.items()
+    ]
+    largest = float(np.max(sums))  # NaN if one is
+    return Errors(ulps(y[right.rows], right.y), ulps(dx[right.rows], right.dx), largest)
+
+
+def seconds_of(function: Callable[..., Any], *arguments: Any) -> float:
+    """The median of a call, queued a few at a time."""
+    jax.block_until_ready(function(*arguments))
+    calls, medians, start = 1, [], time.perf_counter()
+    while len(medians) < 3 or time.perf_counter() - start < SECONDS:
+        before = time.perf_counter()
+        out = [function(*arguments) for _ in range(calls)]
+        jax.block_until_ready(out)
+        medians.append((time.perf_counter() - before) / calls)
+        calls = max(1, min(20, int(1e-3 / medians[-1])))
+    return statistics.median(medians)
+
+
+def copy_seconds_of(problem: Problem) -> float:
+    """Of a copy that moves as many bytes: it reads half of them, and writes half."""
+    half = jnp.zeros(problem.moved_bytes // 8, jnp.float32)
+    return seconds_of(jax.jit(jnp.copy), half)
+
+
+def measure(problem: Problem, reasons: dict[str, str]) -> list[Row]:
+    """A row for each implementation; why one cannot run goes into `reasons`."""
+    arguments = jax.device_put((problem.params, problem.arrays, problem.cotangents))
+    copy_seconds = copy_seconds_of(problem)
+    rows = []
+    for name, norm in candidates(problem.norm).items():
+        function = program(norm)
+        try:
+            out = function(*arguments)
+        except NotImplementedError as reason:
+            reasons[name] = str(reason)
+            continue
+        errors = errors_of(out, problem)
+        seconds = seconds_of(function, *arguments)
+        x, norm_name = problem.arrays[0], problem.norm
+        case = (x.shape, x.dtype.name, norm_name, name)
+        rows.append(Row(*case, errors, seconds, copy_seconds))
+    return rows
+
+
+def verdict(tables: list[list[Row]]) -> str:
+    """What to use, in one sentence, from the rows of each problem."""
+    speed = {
+        name: [
+            next(r.seconds for r in rows if r.implementation == "xla") / row.seconds
+            for rows in tables
+            for row in rows
+            if row.implementation == name
+        ]
+        for name in _kernels.KERNELS
+        if name != "xla"
+    }
+    means = {
+        name: math.exp(statistics.fmean(map(math.log, ratios)))
+        for name, ratios in speed.items()
+        if ratios
+    }
+    if not means:
+        return "Use the default: XLA's implementation is the only one that runs here."
+    best = max(means, key=lambda name: means[name])
+    x = jax.ShapeDtypeStruct(tables[0][0].shape, tables[0][0].dtype)
+    chosen = explain({}, x)[platforms()[0]].implementation
+    if means[best] < 1:
+        what = "the default" if chosen == "xla" else "implementation='xla'"
+        return f"Use {what}: {best} takes {1 / means[best]:.2f} times as long as XLA's."
+    what = "the default" if chosen == best else f"implementation={best!r}"
+    return (
+        f"Use {what}: {best} is right in all {len(speed[best])} cases, and"
+        f" {means[best]:.2f} times as fast as XLA's implementation (geometric mean)."
+    )
+
+
+def check(
+    shapes: Sequence[tuple[int, int]] | None = None, dtypes: Sequence[str] = DTYPES
+) -> int:
+    """Prints the table and the verdict; 0, or 1 if an implementation is wrong."""
+    print_environment()
+    if shapes is None:
+        factor = 1 if jax.default_backend() == "cpu" else ACCELERATOR_ROWS
+        shapes = [(factor * rows, features) for rows, features in SHAPES]
+    print(
+        "\nForward and backward in one program, parameters float32. Errors in units of\n"
+        "the last place (lower is better), against float64 NumPy; microseconds, the\n"
+        "median of queued calls; and the bandwidth of a copy that it reaches (higher is\n"
+        f"better).\n\n{HEADER}"
+    )
+    tables: list[list[Row]] = []
+    reasons: dict[str, str] = {}
+    for (rows, features), dtype, norm in itertools.product(shapes, dtypes, NORMS):
+        tables.append(measure(draw(norm, (rows, features), dtype), reasons))
+        print(*tables[-1], sep="\n", flush=True)
+    for name, reason in reasons.items():
+        print(f"\n{name} was left out of some: {reason}")
+    wrong = [row for table in tables for row in table if row.is_wrong]
+    if wrong:
+        names = ", ".join(sorted({row.implementation for row in wrong}))
+        print(f"\nWrong: {names}, in {len(wrong)} cases. Please report this table.")
+        return 1
+    print(f"\n{verdict(tables)}")
+    return 0
