@@ -144,6 +144,18 @@ def test_linen_params_are_in_the_order_of_feature_axes():
     assert_agree(y, jln.layer_norm({"scale": scale.T}, x, axis=(1, 2)))
 
 
+@pytest.mark.parametrize("features", itertools.permutations((1, 2, 3)))
+def test_linen_params_of_three_feature_axes_are_in_their_order(features):
+    x, shape = draw(0, 2, 4, 3, 5), (4, 3, 5)
+    stored = tuple(shape[axis - 1] for axis in features)
+    scale = draw(1, *stored)
+    axes = {"reduction_axes": (1, 2, 3), "feature_axes": features}
+    norm = jln.linen.LayerNorm(**axes, use_bias=False)
+    y = norm.apply({"params": {"scale": scale}}, x)
+    in_the_order_of_x = jnp.transpose(scale, np.argsort(features))
+    assert_agree(y, jln.layer_norm({"scale": in_the_order_of_x}, x, axis=(1, 2, 3)))
+
+
 @pytest.mark.parametrize("kind", (bool, np.int32), ids=("booleans", "integers"))
 @for_all
 def test_where_the_mask_is_true_values_are_flaxs_and_elsewhere_0(api, name, kind):

@@ -157,12 +157,16 @@ def test_wrong_number_of_features_is_an_error_with_both_shapes(name):
 
 @for_both
 def test_several_feature_axes_are_read_in_the_order_of_x_as_flax_does(name):
-    x = draw(0, 3, 4, 6)
     params = {key: draw(i, 24) for i, key in enumerate(draw_params(name))}
-    for features in ((2, 1), (-1, 1), (1, 2)):
+    for features in ((2, 1), (-1, 1), (1, 2), (3, 1, 2), (2, 3, 1)):
+        shape = (4, 6) if len(features) == 2 else (2, 4, 3)
+        x = draw(0, 3, *shape)
         results = []
         for norms in APIS["nnx"]:
-            axes = {"reduction_axes": (1, 2), "feature_axes": features}
+            axes = {
+                "reduction_axes": tuple(range(1, x.ndim)),
+                "feature_axes": features,
+            }
             norm = getattr(norms, name)(24, **axes, rngs=nnx.Rngs(0))
             nnx.update(norm, nnx.State({k: nnx.Param(p) for k, p in params.items()}))
             results.append(norm(x))

@@ -1,0 +1,259 @@
+"""Do the tests bite? Makes small slips in the core, one at a time, and runs the tests.
+
+    make mutants                    # a random sample of 150 places
+    make mutants ARGS='--sample 20 --seed 1 --files _sharding.py'
+
+A place in the code is drawn at random, then one of the slips that can be made there:
+cosmic-ray's operators (`+` for `-`, `<=` for `<`, `not`, numbers, True for False, `and`
+for `or`, a decorator or a loop's body left out), and a call replaced by its first
+argument. Slips in annotations are none, since they are not executed. Each runs in a copy
+of the tree with the tests that concern its file (`TESTS`), the quickest first, until one
+fails. Survivors are printed as differences; exits with 1 if less than 90 % are killed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import collections
+import concurrent.futures
+import dataclasses
+import difflib
+import json
+import os
+import pathlib
+import queue
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+import cosmic_ray.ast
+import cosmic_ray.mutating
+import cosmic_ray.plugins
+import parso
+from cosmic_ray.operators.operator import Operator
+
+ROOT = pathlib.Path(__file__).parents[1]
+CORE = "core/test_properties core/test_guards core/test_functions"
+SHARDED = "transforms/test_sharding_mixed transforms/test_sharding"
+TESTS = {  # of each file, the quickest and most telling first
+    "_equations.py": f"{CORE} core/test_saved core/test_accuracy core/test_edges {SHARDED}",
+    "_normalize.py": f"{CORE} core/test_saved {SHARDED} transforms/test_transforms",
+    "_batching.py": "transforms/test_kernel_op transforms/test_transforms",
+    "_sharding.py": f"{SHARDED} transforms/test_kernel_op",
+    "_kernel_op.py": f"transforms/test_kernel_op {SHARDED} transforms/test_transforms",
+    "_kernels/__init__.py": "core/test_explain transforms/test_kernel_op "
+    "core/test_explain_placements",
+    "_kernels/xla.py": f"core/test_guards kernels/test_xla {CORE}",
+    "_arguments.py": f"core/test_arguments {CORE}",
+    "_flax.py": "flax/test_modules flax/test_nnx flax/test_linen flax/test_replace_nnx "
+    "flax/test_replace_linen flax/test_replace_linen_left",
+}
+OPERATORS = (
+    *(f"core/ReplaceBinaryOperator_{a}_{b}" for a, b in (
+        ("Add", "Sub"), ("Sub", "Add"), ("Mul", "Div"), ("Div", "Mul"), ("Pow", "Mul"),
+        ("BitOr", "BitAnd"), ("BitAnd", "BitOr"), ("FloorDiv", "Mul"), ("Mod", "Mul"),
+    )),
+    *(f"core/ReplaceComparisonOperator_{a}_{b}" for a, b in (
+        ("Eq", "NotEq"), ("NotEq", "Eq"), ("Is", "IsNot"), ("IsNot", "Is"),
+        ("Lt", "LtE"), ("LtE", "Lt"), ("Gt", "GtE"), ("GtE", "Gt"),
+    )),
+    "core/ReplaceUnaryOperator_Delete_USub", "core/ReplaceUnaryOperator_Delete_Not",
+    "core/AddNot", "core/ReplaceTrueWithFalse", "core/ReplaceFalseWithTrue",
+    "core/ReplaceAndWithOr", "core/ReplaceOrWithAnd", "core/NumberReplacer",
+    "core/RemoveDecorator", "core/ZeroIterationForLoop",
+)  # fmt: skip
+SECONDS = 900  # a mutant that runs longer is killed: it hangs
+# Past the editable install's hook, so that the copy's package is the one imported.
+PYTEST = """
+import sys
+sys.meta_path[:] = [f for f in sys.meta_path if "Scikit" not in type(f).__name__]
+sys.path.insert(0, ".")
+import pytest
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+class CallToFirstArgument(Operator):
+    """`f(x, y)` becomes `x`: a cast, a guard or a broadcast left out."""
+
+    def mutation_positions(self, node):
+        if _first_argument(node) is not None:
+            yield node.start_pos, node.end_pos
+
+    def mutate(self, node, index):
+        text = _first_argument(node).get_code(include_prefix=False)
+        return parso.python.tree.Name(f"{node.get_first_leaf().prefix}({text})", (1, 0))
+
+    @classmethod
+    def examples(cls):
+        return ()
+
+
+def _first_argument(node):
+    if node.type not in ("atom_expr", "power") or len(node.children) < 2:
+        return None
+    trailer = node.children[-1]
+    if trailer.type != "trailer" or trailer.children[0].value != "(":
+        return None
+    inside = trailer.children[1]
+    first = inside.children[0] if inside.type == "arglist" else inside
+    return None if inside.type == "operator" or first.type == "argument" else first
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """One slip."""
+
+    file: str
+    line: int
+    operator: str
+    code: str
+
+    @property
+    def difference(self) -> str:
+        before = (ROOT / "jax_layernorm" / self.file).read_text().splitlines()
+        lines = difflib.unified_diff(before, self.code.splitlines(), n=0, lineterm="")
+        return "\n".join(line for line in lines if line[:3] not in ("---", "+++"))
+
+
+def executed(code: str) -> str | None:
+    """The program without annotations and docstrings; None if it is none."""
+    try:
+        tree = ast.parse(code)
+    except SyntaxError:
+        return None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg | ast.AnnAssign):
+            node.annotation = ast.Name("_", ast.Load()) if node.annotation else None
+        if isinstance(node, ast.FunctionDef):
+            node.returns = None
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            node.body = [
+                line
+                for line in body
+                if not (
+                    isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
+                )
+            ] or [ast.Pass()]
+    return ast.dump(tree)
+
+
+def mutants_of(file: str) -> dict[tuple[int, int], list[Mutant]]:
+    """Every slip in a file, by the place where it is made."""
+    code = (ROOT / "jax_layernorm" / file).read_text()
+    before = executed(code)
+    operators = {name: cosmic_ray.plugins.get_operator(name)() for name in OPERATORS}
+    operators["CallToFirstArgument"] = CallToFirstArgument()
+    places = collections.defaultdict(list)
+    for name, operator in operators.items():
+        positions = [
+            position
+            for node in cosmic_ray.ast.ast_nodes(cosmic_ray.ast.get_ast(code))
+            for position, _ in operator.mutation_positions(node)
+        ]
+        for i, position in enumerate(positions):
+            changed = cosmic_ray.mutating.mutate_code(code, operator, i)
+            after = None if changed is None else executed(changed)
+            if after is not None and after != before:
+                places[position].append(Mutant(file, position[0], name, changed))
+    return places
+
+
+def sample(files: list[str], size: int, seed: int) -> list[Mutant]:
+    rng = random.Random(seed)
+    places = [each for file in files for each in mutants_of(file).values()]
+    return [rng.choice(each) for each in rng.sample(places, min(size, len(places)))]
+
+
+def copy_of_the_tree(folder: pathlib.Path) -> pathlib.Path:
+    tree = folder / "tree"
+    for name in ("jax_layernorm", "tests"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, tree / name, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", tree)
+    from jax_layernorm._kernels import native_cpu
+
+    library = native_cpu._library()
+    if library is not None:
+        shutil.copy(library, tree / "jax_layernorm" / "_kernels" / "native_cpu")
+    return tree
+
+
+def run(mutant: Mutant, trees: queue.Queue) -> tuple[str | None, float]:
+    """The test that fails, or None; and the seconds it took."""
+    tree, start = trees.get(), time.monotonic()
+    path = tree / "jax_layernorm" / mutant.file
+    before = path.read_text()
+    tests = dict.fromkeys(f"tests/{t}.py" for t in TESTS[mutant.file].split())
+    command = [
+        sys.executable,
+        "-c",
+        PYTEST,
+        "-x",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        *tests,
+    ]
+    try:
+        path.write_text(mutant.code)
+        done = subprocess.run(
+            command, cwd=tree, capture_output=True, text=True, timeout=SECONDS,
+            env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
+        )  # fmt: skip
+        failed = (
+            None if done.returncode == 0 else done.stdout.strip().split("\n")[-2][:99]
+        )
+    except subprocess.TimeoutExpired:
+        failed = f"still running after {SECONDS} s"
+    finally:
+        path.write_text(before)
+        trees.put(tree)
+    return failed, time.monotonic() - start
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sample", type=int, default=150)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--files", nargs="+", default=list(TESTS), choices=list(TESTS))
+    parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--json", help="also write the results here")
+    options = parser.parse_args()
+    drawn = sample(options.files, options.sample, options.seed)
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        trees = queue.Queue()
+        for i in range(options.workers):
+            trees.put(copy_of_the_tree(pathlib.Path(folder, str(i))))
+        with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
+            running = {pool.submit(run, mutant, trees): mutant for mutant in drawn}
+            for each in concurrent.futures.as_completed(running):
+                mutant, (failed, seconds) = running[each], each.result()
+                results.append((mutant, failed))
+                print(f"{len(results)}/{len(drawn)} {mutant.file}:{mutant.line}"
+                      f" {mutant.operator} {seconds:.0f} s: {failed or 'SURVIVED'}",
+                      flush=True)  # fmt: skip
+                if failed is None:
+                    print(mutant.difference, flush=True)
+    killed = sum(failed is not None for _, failed in results)
+    print(f"\nseed {options.seed}: {killed} of {len(results)} killed")
+    if options.json:
+        rows = [
+            {"file": m.file, "line": m.line, "operator": m.operator, "killed by": failed,
+             "difference": m.difference}
+            for m, failed in results
+        ]  # fmt: skip
+        pathlib.Path(options.json).write_text(json.dumps(rows, indent=1) + "\n")
+    return 0 if killed >= 0.9 * len(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
