@@ -29,7 +29,9 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 
-# The package itself, installed in place, which compiles the C++ kernel.
+# The package itself, installed in place. This compiles the C++ kernel from the beginning,
+# because pip makes a new build environment each time, and scikit-build-core then discards
+# what it compiled in another one.
 $(VENV)/.package: $(VENV)/bin/python pyproject.toml CMakeLists.txt \
     $(wildcard jax_layernorm/_kernels/native_cpu/*.cc jax_layernorm/_kernels/native_cpu/*.h)
 	$(BIN)/python -m pip install --quiet --editable '.[flax]'
@@ -40,7 +42,8 @@ $(VENV)/.%: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --group $*
 	@touch $@
 
-# These groups are of use only with the package. A change of the C++ does not concern them.
+# These groups need the package too. It stands behind a bar, so that a change of the C++
+# installs the package again, but not the groups.
 NEEDS_PACKAGE = example encoder test compiled notebook
 $(NEEDS_PACKAGE:%=$(VENV)/.%): | $(VENV)/.package
 
