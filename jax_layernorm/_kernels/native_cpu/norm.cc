@@ -7,14 +7,16 @@
 namespace jax_layernorm {
 namespace {
 
-// Below this many elements for each thread, waking another costs more than it saves.
+// With fewer elements per thread than this, waking another thread costs more time than it
+// saves.
 constexpr int64_t kElementsForAThread = 32 * 1024;
 constexpr int64_t kChunkElements = 16 * 1024;
-// A sum and what is computed from it stay in the first-level cache.
+// With a residual, this many elements are added and then normalized, so that their sum is
+// still in the first-level cache when the norm reads it.
 constexpr int64_t kAddedElements = 4096;
-// Rows over which dscale and dbias are summed before the sums are: blocks large enough
-// that their sums are little beside x, few enough that adding them up is too, many enough
-// for many threads.
+// dscale and dbias are summed over blocks of rows, and then over the blocks. A block is
+// large enough that its sums are small beside its part of x. There are few enough blocks
+// that adding up their sums is cheap, and enough of them for many threads.
 constexpr int64_t kLeastBlockRows = 32;
 constexpr int64_t kLeastBlockElements = 8 * 1024;
 constexpr int64_t kMostBlocks = 64;
@@ -30,7 +32,8 @@ T* advance(T* data, Dtype dtype, int64_t elements) {
 
 int64_t helpers_for(int64_t elements) { return elements / kElementsForAThread - 1; }
 
-// scale_offset + scale, or bias, in the dtype of the arithmetic.
+// A parameter plus `offset` (scale_offset for scale, 0 for bias), in the dtype of the
+// arithmetic.
 class Parameter {
  public:
   Parameter(const In& in, double offset, int64_t rows, int64_t features, Dtype compute,
@@ -50,7 +53,7 @@ class Parameter {
     return to;
   }
 
-  // The row up to which the parameter is that of `row`.
+  // The end of the group of rows that `row` is in.
   int64_t until(int64_t row) const { return (row / rows_each_ + 1) * rows_each_; }
 
  private:
@@ -65,25 +68,28 @@ class Parameter {
   const void* shared_ = nullptr;
 };
 
-// A parameter's gradient: sums over rows. Blocks of rows are summed one after the other,
-// by any thread; then, where a group has several, the blocks' sums, in their order.
+// The gradient of a parameter, which is a sum over the rows of each group. Any thread may
+// sum a block of rows. If a group has several blocks, their sums are then added in order.
 struct Gradient {
   Out out;
-  int64_t rows_each = 0;    // in a group
-  int64_t blocks_each = 0;  // in a group; 0 where a block holds one or several groups
-  std::unique_ptr<double[]> partial = nullptr;
+  int64_t rows_each = 0;    // rows in a group
+  int64_t blocks_each = 0;  // blocks in a group; 0 if a block holds one or more groups
+  std::unique_ptr<double[]> partial = nullptr;  // the sums of the blocks, if any
 };
 
-// Runs of at most `rows` rows that cross no multiple of `unit`.
-struct Blocks {
+// The rows in `count` blocks: each unit of `unit` rows is split into `in_a_unit` blocks of
+// `rows` rows, of which the last may be shorter.
+struct RowBlocks {
   int64_t rows, unit, in_a_unit, count;
 };
 
-Blocks blocks_of(const Backward& p, const Gradient& a, const Gradient& b) {
+RowBlocks row_blocks(const BackwardProblem& p, const Gradient& a, const Gradient& b) {
   int64_t rows = std::max({kLeastBlockRows, ceil_div(p.rows, kMostBlocks),
                            ceil_div(kLeastBlockElements, p.features)});
   int64_t unit = p.rows;
-  int64_t inside = 4;  // a whole number of these fit a block: rows taken together, groups
+  // A block has a multiple of this many rows, because the row kernels take 4 rows together
+  // and because a group that is smaller than a block must lie in one block.
+  int64_t inside = 4;
   for (const Gradient* gradient : {&a, &b}) {
     if (gradient->out.data == nullptr) continue;
     if (gradient->rows_each < rows) {
@@ -130,9 +136,9 @@ const RowKernels& best_kernels() {
   return kBaselineKernels;
 }
 
-bool run(const Forward& p, const RowKernels& kernels, Pool& pool) try {
+bool run(const ForwardProblem& p, const RowKernels& kernels, Pool& pool) try {
   const bool adds = p.residual.data != nullptr;
-  const Dtype normalized = adds ? p.total.dtype : p.x.dtype;
+  const Dtype normalized = adds ? p.residual_out.dtype : p.x.dtype;
   const Dtype compute = computed(normalized);
   const Parameter gamma(p.scale, p.scale_offset, p.rows, p.features, compute, kernels, 0);
   const Parameter bias(p.bias, 0, p.rows, p.features, compute, kernels, 1);
@@ -152,10 +158,10 @@ bool run(const Forward& p, const RowKernels& kernels, Pool& pool) try {
       a.epsilon = p.epsilon;
       a.x = advance(p.x.data, p.x.dtype, element);
       if (adds) {
-        void* total = advance(p.total.data, p.total.dtype, element);
-        add(a.x, advance(p.residual.data, p.residual.dtype, element), total,
+        void* sum = advance(p.residual_out.data, p.residual_out.dtype, element);
+        add(a.x, advance(p.residual.data, p.residual.dtype, element), sum,
             rows * p.features);
-        a.x = total;
+        a.x = sum;
       }
       a.gamma = gamma.of_row(row, scratch);
       a.bias = bias.of_row(row, scratch);
@@ -173,7 +179,7 @@ bool run(const Forward& p, const RowKernels& kernels, Pool& pool) try {
   return false;
 }
 
-bool run(const Backward& p, const RowKernels& kernels, Pool& pool) try {
+bool run(const BackwardProblem& p, const RowKernels& kernels, Pool& pool) try {
   const Dtype compute = computed(p.x.dtype);
   const Parameter gamma(p.scale, p.scale_offset, p.rows, p.features, compute, kernels, 0);
   const auto backward = kernels.backward[p.center][p.x.dtype][p.dy.dtype];
@@ -184,7 +190,7 @@ bool run(const Backward& p, const RowKernels& kernels, Pool& pool) try {
 
   Gradient dscale{p.dscale, p.rows / p.dscale.groups};
   Gradient dbias{p.dbias, p.rows / p.dbias.groups};
-  const Blocks blocks = blocks_of(p, dscale, dbias);
+  const RowBlocks blocks = row_blocks(p, dscale, dbias);
   for (Gradient* g : {&dscale, &dbias}) {
     if (g->out.data == nullptr || g->rows_each <= blocks.rows) continue;
     g->blocks_each = blocks.count / g->out.groups;
@@ -217,7 +223,7 @@ bool run(const Backward& p, const RowKernels& kernels, Pool& pool) try {
       a.features = p.features;
       a.x = advance(p.x.data, p.x.dtype, element);
       a.dy = advance(p.dy.data, p.dy.dtype, element);
-      a.dtotal = advance(p.dtotal.data, p.x.dtype, element);
+      a.dresidual_out = advance(p.dresidual_out.data, p.x.dtype, element);
       a.gamma = gamma.of_row(row, scratch);
       a.mean = advance(p.mean.data, compute, row);
       a.mean_low = advance(p.mean_low.data, compute, row);
@@ -229,7 +235,7 @@ bool run(const Backward& p, const RowKernels& kernels, Pool& pool) try {
       a.dbias = sums[1];
       a.padded = padded;
       backward(a);
-      for (int i = 0; i < 2; ++i) {  // those whose group ends here
+      for (int i = 0; i < 2; ++i) {  // write the sums of each group that ends here
         const Gradient& g = *gradients[i];
         if (sums[i] == nullptr || g.partial != nullptr || stop % g.rows_each != 0) continue;
         void* to = advance(g.out.data, compute, row / g.rows_each * p.features);

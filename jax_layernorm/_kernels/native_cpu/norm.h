@@ -1,8 +1,9 @@
-// The norm of a matrix, forward and backward: rows split into chunks for threads,
-// parameters by groups of rows, sums over rows in a fixed order.
+// The norm of a matrix, forward and backward. It splits the rows into chunks for the
+// threads, takes a parameter row for each group of rows, and sums over rows in a fixed
+// order.
 
-#ifndef JAX_LAYERNORM_NATIVE_CPU_NORM_H_
-#define JAX_LAYERNORM_NATIVE_CPU_NORM_H_
+#ifndef JAX_LAYERNORM_KERNELS_NATIVE_CPU_NORM_H_
+#define JAX_LAYERNORM_KERNELS_NATIVE_CPU_NORM_H_
 
 #include <cstdint>
 
@@ -11,8 +12,8 @@
 
 namespace jax_layernorm {
 
-// An array: null data where there is none. A parameter has a row of features for each of
-// `groups` equal runs of consecutive rows.
+// An array; the data is null if the problem has no such array. A parameter has one row of
+// features for each of `groups` equal groups of consecutive rows.
 struct In {
   const void* data = nullptr;
   Dtype dtype = kFloat32;
@@ -24,39 +25,39 @@ struct Out {
   int64_t groups = 1;
 };
 
-struct Forward {
-  bool center;  // layer norm, or RMS norm
+struct ForwardProblem {
+  bool center;  // true for layer norm, false for RMS norm
   int64_t rows, features;
   double epsilon, scale_offset;
   In x, residual, scale, bias;
-  Out y, total, mean, mean_low, rstd;
+  Out y, residual_out, mean, mean_low, rstd;
 };
 
-struct Backward {
+struct BackwardProblem {
   bool center;
   int64_t rows, features;
   double scale_offset;
-  In x, scale, mean, mean_low, rstd, dy, dtotal, dmean, drstd;
+  In x, scale, mean, mean_low, rstd, dy, dresidual_out, dmean, drstd;
   Out dx, dscale, dbias;
 };
 
-// The dtype of the sum of two arrays: JAX's promotion.
+// The dtype of the sum of two arrays, by JAX's promotion rules.
 inline Dtype promoted(Dtype a, Dtype b) {
   if (a == b) return a;
   return a == kFloat64 || b == kFloat64 ? kFloat64 : kFloat32;
 }
 
-// The dtype of statistics and arithmetic.
+// The dtype of the statistics and of the arithmetic.
 inline Dtype computed(Dtype x) { return x == kFloat64 ? kFloat64 : kFloat32; }
 
-// The kernels for the widest vectors that this processor has.
+// The row kernels for the widest vectors that this processor has.
 const RowKernels& best_kernels();
 
-// False: memory ran out. What is computed depends on the arguments and the kernels, and
+// Returns false if memory ran out. The results depend on the problem and the kernels, but
 // not on the number of threads.
-bool run(const Forward& problem, const RowKernels& kernels, Pool& pool);
-bool run(const Backward& problem, const RowKernels& kernels, Pool& pool);
+bool run(const ForwardProblem& problem, const RowKernels& kernels, Pool& pool);
+bool run(const BackwardProblem& problem, const RowKernels& kernels, Pool& pool);
 
 }  // namespace jax_layernorm
 
-#endif  // JAX_LAYERNORM_NATIVE_CPU_NORM_H_
+#endif  // JAX_LAYERNORM_KERNELS_NATIVE_CPU_NORM_H_

@@ -1,105 +1,31 @@
-// The formulas of _equations.py for runs of rows, in vectors of the instruction set
-// that this file is compiled for; JLN_KERNELS names the table it defines.
+// The formulas of _equations.py for consecutive rows, in vectors of the instruction set
+// that this file is compiled for. The macro JLN_KERNELS is the name of the table that the
+// file defines.
 //
-// A row is read from memory once: what a later pass over it needs is still in the cache.
-// Sums along a row run in vectors of partial sums of kBlock terms a lane, in a fixed
-// order, and over these blocks in vectors of float64. Sums over rows run over a few
-// rows in the dtype of the arithmetic, and over these in about twice its precision.
+// A row is read from memory once, because it is still in the cache when a later pass over
+// it needs it.
 
 #include <cmath>
 #include <type_traits>
 
 #include "rows.h"
 #include "simd.h"
+#include "sums.h"
 
 namespace jax_layernorm {
 namespace {
 
-constexpr int kBlock = 32;
-
 template <class T>
 using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// Calls step(i, Whole{}) for each whole register of elements in begin .. end, and
-// step(i, Part{n}) for what is left.
-template <class C, class Step>
-JLN_INLINE void for_each(int64_t begin, int64_t end, Step step) {
-  constexpr int N = kLanes<C>;
-  int64_t i = begin;
-  for (; i + N <= end; i += N) step(i, Whole{});
-  if (i < end) step(i, Part{static_cast<int>(end - i)});
-}
-
-// Two float64 vectors, or one, with as many lanes as one of C.
-template <class C>
-struct WideSum {
-  Register<double> parts[sizeof(double) / sizeof(C)] = {};
-
-  JLN_INLINE void add(Register<C> v) {
-    constexpr int N = kLanes<double>;
-    struct { Vector<C, N> part[sizeof(double) / sizeof(C)]; } split;
-    std::memcpy(&split, &v, sizeof v);
-    for (size_t i = 0; i < sizeof(double) / sizeof(C); ++i) {
-      parts[i] += __builtin_convertvector(split.part[i], Register<double>);
-    }
-  }
-  JLN_INLINE double total() const {
-    Register<double> sum = parts[0];
-    if constexpr (sizeof(C) < sizeof(double)) sum += parts[1];
-    return sum_of_lanes<double, kLanes<double>>(sum);
-  }
-};
-
-// For each of R rows, S sums over its elements: accumulate(i, which, sums) adds the terms
-// of a register of each row to the vectors sums[row][s]. U sets of these take turns, so
-// that additions need not wait for each other.
-template <int R, int U, int S, class C, class Accumulate>
-JLN_INLINE void row_sums(int64_t features, double (&totals)[S][R], C,
-                         Accumulate accumulate) {
-  constexpr int N = kLanes<C>;
-  WideSum<C> wide[R][S];
-  constexpr int64_t block = kBlock * U * N;
-  for (int64_t begin = 0; begin < features; begin += block) {
-    const int64_t end = features - begin < block ? features : begin + block;
-    Register<C> sums[U][R][S] = {};
-    int64_t i = begin;
-    for (; i + U * N <= end; i += U * N) {
-      for (int u = 0; u < U; ++u) accumulate(i + u * N, Whole{}, sums[u]);
-    }
-    for_each<C>(i, end, [&](int64_t j, auto which) { accumulate(j, which, sums[0]); });
-    for (int s = 0; s < S; ++s) {
-      for (int k = 0; k < R; ++k) {
-        for (int step = 1; step < U; step *= 2) {
-          for (int u = 0; u + step < U; u += 2 * step) sums[u][k][s] += sums[u + step][k][s];
-        }
-        if (begin == 0 && end == features) {  // a short row; the rest would cost as much
-          totals[s][k] = sum_of_lanes<C, N>(sums[0][k][s]);
-        } else {
-          wide[k][s].add(sums[0][k][s]);
-        }
-      }
-    }
-    if (begin == 0 && end == features) return;
-  }
-  for (int s = 0; s < S; ++s) {
-    for (int k = 0; k < R; ++k) totals[s][k] = wide[k][s].total();
-  }
-}
-
-// What rounding takes from a + b (Knuth), whichever is the larger.
-JLN_INLINE Register<double> two_sum_error(Register<double> a, Register<double> b) {
-  const auto sum = a + b, b_there = sum - a;
-  return (a - (sum - b_there)) + (b - b_there);
-}
-
-// Several short rows together, since each alone would wait for its sums.
+// R rows together, because a short row alone would wait for its sums.
 template <class X, class Y, bool kCenter, int R>
 JLN_INLINE void forward_together(const ForwardRows& a, int64_t row) {
   using C = Compute<X>;
   using V = Register<C>;
   constexpr int U = R == 1 ? 4 : 1;
   const int64_t features = a.features;
-  const C share = static_cast<C>(1.0 / static_cast<double>(features));
+  const C inv_n = static_cast<C>(1.0 / static_cast<double>(features));
   const auto* gamma = static_cast<const C*>(a.gamma);
   const auto* bias = static_cast<const C*>(a.bias);
   const X* x = static_cast<const X*>(a.x) + row * features;
@@ -110,7 +36,7 @@ JLN_INLINE void forward_together(const ForwardRows& a, int64_t row) {
     double sums[1][R] = {};
     row_sums<R, U, 1>(features, sums, C{}, [&](int64_t i, auto which, V(*sum)[1]) {
       for (int k = 0; k < R; ++k) {
-        sum[k][0] += load<C>(x + k * features + i, which) * all<V>(share);
+        sum[k][0] += load<C>(x + k * features + i, which) * all<V>(inv_n);
       }
     });
     for (int k = 0; k < R; ++k) mean[k] = static_cast<C>(sums[0][k]);
@@ -118,7 +44,7 @@ JLN_INLINE void forward_together(const ForwardRows& a, int64_t row) {
   double sums[2][R] = {};
   row_sums<R, U, 2>(features, sums, C{}, [&](int64_t i, auto which, V(*sum)[2]) {
     for (int k = 0; k < R; ++k) {
-      __builtin_prefetch(y + k * features + i, 1);  // to be written next
+      __builtin_prefetch(y + k * features + i, 1);  // written next
       V c = load<C>(x + k * features + i, which);
       if constexpr (kCenter) {
         c = only<C>(c - all<V>(mean[k]), which);
@@ -128,9 +54,9 @@ JLN_INLINE void forward_together(const ForwardRows& a, int64_t row) {
     }
   });
   const double count = static_cast<double>(features);
-  // For float64 divided: of a constant row, the elements less their mean are some units in
-  // the last place, all the same, and their mean must be that number, exactly. (For
-  // float32 the rounding from float64 sees to that.)
+  // In a constant row, all elements differ from `mean` by the same few units in the last
+  // place, and the average must be exactly that difference. For float64 only a division
+  // gives it; for float32 the rounding from float64 does.
   const auto average = [&](double sum) {
     return std::is_same_v<C, double> ? sum / count : sum * (1.0 / count);
   };
@@ -140,12 +66,12 @@ JLN_INLINE void forward_together(const ForwardRows& a, int64_t row) {
     if constexpr (kCenter) {
       low[k] = static_cast<C>(average(sums[1][k]));
       const double less = square - count * low[k] * low[k];
-      // Where it is infinite, inf - inf would be NaN.
+      // If the square is infinite, `less` may be inf - inf, which is NaN.
       square = square == HUGE_VAL ? square : less < 0 ? 0 : less;
     }
     rstd[k] = static_cast<C>(Wide{1} / std::sqrt(Wide{average(square)} + a.epsilon));
     if constexpr (kCenter) {
-      // So that of a constant row `mean` is the element, and `low` 0.
+      // Then in a constant row `mean` is the element and `low` is 0.
       const C high = mean[k] + low[k];
       low[k] = (mean[k] - high) + low[k];
       mean[k] = high;
@@ -159,7 +85,7 @@ JLN_INLINE void forward_together(const ForwardRows& a, int64_t row) {
     for (int k = 0; k < R; ++k) {
       __builtin_prefetch(x + (R + k) * features + i);  // the next rows
       V v = load<C>(x + k * features + i, which);
-      // (x - mean - low) * rstd, in two roundings.
+      // (x - mean - low) * rstd, with two roundings.
       if constexpr (kCenter) v = (v - all<V>(mean[k])) * all<V>(rstd[k]) + all<V>(shift[k]);
       else v = v * all<V>(rstd[k]);
       if (gamma != nullptr) v = v * factor;
@@ -183,7 +109,7 @@ constexpr int kTogether = 4;
 template <class X, class Y, bool kCenter>
 void forward(const ForwardRows& a) {
   int64_t row = 0;
-  if constexpr (std::is_same_v<X, Y>) {  // the usual case; the others stay small
+  if constexpr (std::is_same_v<X, Y>) {  // the usual case; leave the others small
     if (a.features <= kShortRow) {
       for (; row + kTogether <= a.rows; row += kTogether) {
         forward_together<X, Y, kCenter, kTogether>(a, row);
@@ -193,38 +119,13 @@ void forward(const ForwardRows& a) {
   for (; row < a.rows; ++row) forward_together<X, Y, kCenter, 1>(a, row);
 }
 
-template <class V, int R>
-JLN_INLINE V sum_of(const V* v) {
-  if constexpr (R == 1) return v[0];
-  else return sum_of<V, R / 2>(v) + sum_of<V, R - R / 2>(v + R / 2);
-}
-
-// Adds a register to a sum over rows, of which these are the columns from *sums on.
-// Lanes beyond the features are 0, and the sums have room for them (kPadding).
-template <class C>
-JLN_INLINE void accumulate(double* sums, int64_t padded, Register<C> v) {
-  using D = Register<double>;
-  if constexpr (std::is_same_v<C, float>) {
-    (void)padded;
-    WideSum<C> sum;
-    std::memcpy(&sum.parts, sums, sizeof sum.parts);
-    sum.add(v);
-    std::memcpy(sums, &sum.parts, sizeof sum.parts);
-  } else {
-    const D high = load<double>(sums, Whole{});
-    const D low = load<double>(sums + padded, Whole{}) + two_sum_error(high, v);
-    store<double>(sums, high + v, Whole{});
-    store<double>(sums + padded, low, Whole{});
-  }
-}
-
-// R rows together, so that gamma, dscale and dbias are loaded once for all of them.
+// R rows together, because gamma, dscale and dbias are then loaded once for all of them.
 template <class X, class DY, bool kCenter, int R>
 JLN_INLINE void backward_together(const BackwardRows& a, int64_t row) {
   using C = Compute<X>;
   using V = Register<C>;
   const int64_t features = a.features;
-  const double share = 1.0 / static_cast<double>(features);
+  const double inv_n = 1.0 / static_cast<double>(features);
   const auto* gamma = static_cast<const C*>(a.gamma);
   const X* x = static_cast<const X*>(a.x) + row * features;
   const DY* dy = static_cast<const DY*>(a.dy) + row * features;
@@ -250,7 +151,7 @@ JLN_INLINE void backward_together(const BackwardRows& a, int64_t row) {
     if (gamma != nullptr) factor = load<C>(gamma + i, which);
     V d[R], along[R];
     for (int k = 0; k < R; ++k) {
-      __builtin_prefetch(dx + k * features + i, 1);  // to be written next
+      __builtin_prefetch(dx + k * features + i, 1);  // written next
       const V h = only<C>(x_hat(k, i, which), which);
       d[k] = load<C>(dy + k * features + i, which);
       const V g = d[k] * factor;
@@ -267,15 +168,15 @@ JLN_INLINE void backward_together(const BackwardRows& a, int64_t row) {
     if (a.drstd != nullptr) {
       sum_along += double{rstd[k]} * static_cast<const C*>(a.drstd)[row + k];
     }
-    const C along_x_hat = static_cast<C>(sum_along * share);
-    // Before all else from g: of a constant g, what is left is exactly 0.
-    const C mean_g = static_cast<C>(sums[1][k] * share);
-    C shared = 0;
+    const C along_x_hat = static_cast<C>(sum_along * inv_n);
+    // This is subtracted from g first, so that a constant g leaves exactly 0.
+    const C mean_g = static_cast<C>(sums[1][k] * inv_n);
+    C dmean_each = 0;  // what dmean adds to dx at each feature
     if (a.dmean != nullptr) {
-      shared = static_cast<C>(static_cast<const C*>(a.dmean)[row + k] * share);
+      dmean_each = static_cast<C>(static_cast<const C*>(a.dmean)[row + k] * inv_n);
     }
-    const X* dtotal = static_cast<const X*>(a.dtotal);
-    if (dtotal != nullptr) dtotal += (row + k) * features;
+    const X* dresidual_out = static_cast<const X*>(a.dresidual_out);
+    if (dresidual_out != nullptr) dresidual_out += (row + k) * features;
     for_each<C>(0, features, [&](int64_t i, auto which) {
       __builtin_prefetch(x + (R + k) * features + i);  // the next rows
       __builtin_prefetch(dy + (R + k) * features + i);
@@ -283,8 +184,8 @@ JLN_INLINE void backward_together(const BackwardRows& a, int64_t row) {
       if (gamma != nullptr) g = g * load<C>(gamma + i, which);
       if constexpr (kCenter) g = g - all<V>(mean_g);
       V v = (g - x_hat(k, i, which) * all<V>(along_x_hat)) * all<V>(rstd[k]);
-      if constexpr (kCenter) v = v + all<V>(shared);
-      if (dtotal != nullptr) v = v + load<C>(dtotal + i, which);
+      if constexpr (kCenter) v = v + all<V>(dmean_each);
+      if (dresidual_out != nullptr) v = v + load<C>(dresidual_out + i, which);
       store<C>(dx + k * features + i, v, which);
     });
   }
@@ -293,7 +194,7 @@ JLN_INLINE void backward_together(const BackwardRows& a, int64_t row) {
 template <class X, class DY, bool kCenter>
 void backward(const BackwardRows& a) {
   int64_t row = 0;
-  if constexpr (std::is_same_v<X, DY>) {  // the usual case; the others stay small
+  if constexpr (std::is_same_v<X, DY>) {  // the usual case; leave the others small
     const int64_t row_bytes = a.features * int64_t{sizeof(X) + sizeof(DY)};
     if (kTogether * row_bytes <= kCachedBytes) {
       for (; row + kTogether <= a.rows; row += kTogether) {
@@ -305,17 +206,17 @@ void backward(const BackwardRows& a) {
 }
 
 template <class X, class Residual>
-void add(const void* x, const void* residual, void* total, int64_t n) {
-  // The promoted dtype, by JAX's rules: of two half-precision dtypes, float32.
-  using Total = std::conditional_t<
+void add(const void* x, const void* residual, void* residual_out, int64_t n) {
+  // The promoted dtype, by JAX's rules. Two different half-precision dtypes give float32.
+  using Sum = std::conditional_t<
       std::is_same_v<X, Residual>, X,
       std::conditional_t<std::is_same_v<X, double> || std::is_same_v<Residual, double>,
                          double, float>>;
-  using C = Compute<Total>;
+  using C = Compute<Sum>;
   for_each<C>(0, n, [&](int64_t i, auto which) {
     const auto sum = load<C>(static_cast<const Residual*>(residual) + i, which) +
                      load<C>(static_cast<const X*>(x) + i, which);
-    store<C>(static_cast<Total*>(total) + i, sum, which);
+    store<C>(static_cast<Sum*>(residual_out) + i, sum, which);
   });
 }
 
@@ -336,17 +237,17 @@ void sum(const double* from, int64_t count, int64_t padded, void* to, int64_t n)
   for_each<double>(0, n, [&](int64_t i, auto which) {
     D high{}, low{};
     for (int64_t k = 0; k < count; ++k) {
-      const double* one = from + k * kWords * padded + i;
+      const double* row = from + k * kWords * padded + i;
       if constexpr (kWords == 1) {
-        high += load<double>(one, which);
+        high += load<double>(row, which);
       } else {
-        const D v = load<double>(one, which);
-        low += two_sum_error(high, v) + load<double>(one + padded, which);
+        const D v = load<double>(row, which);
+        low += two_sum_error(high, v) + load<double>(row + padded, which);
         high += v;
       }
     }
     const D sum = high + low;
-    // Of an infinite sum, the low word is NaN.
+    // If the sum is infinite, `low` is NaN.
     store<double>(static_cast<C*>(to) + i, high - high == 0 ? sum : high, which);
   });
 }

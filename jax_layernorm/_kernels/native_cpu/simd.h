@@ -1,13 +1,13 @@
-// Vectors of the widest registers that this translation unit is compiled for, and
-// loads and stores that convert between the four dtypes and the arithmetic's.
+// Vectors of the widest registers that this translation unit is compiled for, and loads
+// and stores that convert between the four dtypes and the dtype of the arithmetic.
 //
-// GCC's and Clang's vector extensions, so that one text serves SSE2, AVX2, AVX-512 and
-// NEON; intrinsics only where the compilers do not find the instruction themselves.
-// Everything has internal linkage: the linker must not take a function compiled for
-// AVX-512 in place of the same one compiled for the baseline.
+// The vector extensions of GCC and Clang let the same source serve SSE2, AVX2, AVX-512 and
+// NEON. There are intrinsics only where the compilers do not find the instruction.
+// Everything has internal linkage, because the linker must not take a function that was
+// compiled for AVX-512 in place of the same function compiled for the baseline.
 
-#ifndef JAX_LAYERNORM_NATIVE_CPU_SIMD_H_
-#define JAX_LAYERNORM_NATIVE_CPU_SIMD_H_
+#ifndef JAX_LAYERNORM_KERNELS_NATIVE_CPU_SIMD_H_
+#define JAX_LAYERNORM_KERNELS_NATIVE_CPU_SIMD_H_
 
 #include <cstdint>
 #include <cstring>
@@ -36,7 +36,7 @@ constexpr int kRegister = 32;
 constexpr int kRegister = 16;
 #endif
 
-// Storage of the two half-precision dtypes: bits, never computed with.
+// The two half-precision dtypes in memory. The arithmetic never uses these bits directly.
 struct BFloat16 { uint16_t bits; };
 struct Float16 { uint16_t bits; };
 
@@ -54,7 +54,7 @@ template <> struct BitsOf<BFloat16> { using type = uint16_t; };
 template <> struct BitsOf<Float16> { using type = uint16_t; };
 template <class T> using Bits = typename BitsOf<T>::type;
 
-// Elements of the compute type C (float, double) in a register.
+// The number of elements of type C (float or double) in a register.
 template <class C> constexpr int kLanes = kRegister / int{sizeof(C)};
 template <class C> using Register = Vector<C, kLanes<C>>;
 
@@ -71,7 +71,7 @@ JLN_INLINE V all(C value) {
   return value - V{};  // value - 0, so that -0 stays -0
 }
 
-// The lanes below n as they are, the others 0, whatever they hold (NaN, inf).
+// Keeps the first n lanes and sets the others to 0, even if they are NaN or inf.
 template <class C>
 JLN_INLINE Register<C> first(Register<C> v, int n) {
 #if JLN_AVX512
@@ -89,7 +89,8 @@ JLN_INLINE Register<C> first(Register<C> v, int n) {
 
 // ---- half precision ---------------------------------------------------------------
 
-// GCC converts between the widths of integers by halves, where it could at once.
+// GCC converts integers to another width in two halves, although one instruction can do
+// it.
 template <int N>
 JLN_INLINE Vector<uint32_t, N> widen_integers(Vector<uint16_t, N> v) {
 #if JLN_AVX512
@@ -101,7 +102,7 @@ JLN_INLINE Vector<uint32_t, N> widen_integers(Vector<uint16_t, N> v) {
   return __builtin_convertvector(v, Vector<uint32_t, N>);
 }
 
-// Of integers below 2**16.
+// The integers must be below 2**16.
 template <int N>
 JLN_INLINE Vector<uint16_t, N> narrow_integers(Vector<uint32_t, N> v) {
 #if JLN_AVX512
@@ -122,7 +123,7 @@ JLN_INLINE Vector<float, N> widen_bfloat16(Vector<uint16_t, N> bits) {
   return bit_cast<Vector<float, N>>(widen_integers<N>(bits) << 16);
 }
 
-// To nearest, ties to even; NaN stays NaN, quiet.
+// Rounds to nearest, ties to even. NaN becomes a quiet NaN.
 template <int N>
 JLN_INLINE Vector<uint16_t, N> round_to_bfloat16(Vector<float, N> v) {
   using U = Vector<uint32_t, N>;
@@ -140,8 +141,8 @@ JLN_INLINE Vector<float, N> widen_float16(Vector<uint16_t, N> bits) {
 #if defined(__F16C__)
   if constexpr (N == 8) return (Vector<float, N>)_mm256_cvtph_ps((__m128i)bits);
 #endif
-  // The exponent moves by 127 - 15 in a product, which is exact, denormals included;
-  // what was inf or NaN then gets the exponent of these.
+  // A product moves the exponent by 127 - 15, which is exact even for denormals. Then inf
+  // and NaN get the largest exponent again.
   using U = Vector<uint32_t, N>;
   const U wide = widen_integers<N>(bits);
   const U magnitude = (wide & 0x7fff) << 13;
@@ -166,9 +167,9 @@ JLN_INLINE Vector<uint16_t, N> round_to_float16(Vector<float, N> v) {
   const U bits = bit_cast<U>(v);
   const U sign = (bits >> 16) & 0x8000;
   const U magnitude = bits & 0x7fffffff;
-  // Normal results: round the 13 bits that go, to even, and move the exponent.
+  // Normal results: round the last 13 bits, ties to even, and move the exponent.
   const U normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
-  // Denormal ones: adding 0.5 aligns the last bit of the sum to 2**-24.
+  // Denormal results: adding 0.5 aligns the last bit of the sum to 2**-24.
   const U denormal =
       bit_cast<U>(bit_cast<Vector<float, N>>(magnitude) + 0.5f) - 0x3f000000u;
   U result = magnitude < (113u << 23) ? denormal : normal;
@@ -179,7 +180,7 @@ JLN_INLINE Vector<uint16_t, N> round_to_float16(Vector<float, N> v) {
 
 // ---- loads and stores --------------------------------------------------------------
 
-// Whatever the alignment.
+// Loads N elements from any address.
 template <class T, int N>
 JLN_INLINE Vector<Bits<T>, N> load_bits(const T* from) {
   Vector<Bits<T>, N> bits;
@@ -187,7 +188,7 @@ JLN_INLINE Vector<Bits<T>, N> load_bits(const T* from) {
   return bits;
 }
 
-// The first n of N elements, and zeros; reads no byte beyond them.
+// Loads n elements, sets the other lanes to 0, and reads no byte beyond the elements.
 template <class T, int N>
 JLN_INLINE Vector<Bits<T>, N> load_bits(const T* from, int n) {
   using V = Vector<Bits<T>, N>;
@@ -256,7 +257,7 @@ JLN_INLINE Vector<Bits<T>, N> to_bits(Register<C> v) {
   }
 }
 
-// How many elements of a register a loop's step takes: all of them, or the first few.
+// Which elements of a register a step of a loop takes: all of them, or the first n.
 struct Whole {};
 struct Part { int n; };
 
@@ -284,7 +285,7 @@ template <class C> JLN_INLINE Register<C> only(Register<C> v, Part part) {
   return first<C>(v, part.n);
 }
 
-// The sum of the lanes, in the order of a tree.
+// The sum of the lanes, added pairwise as in a tree.
 template <class C, int N>
 JLN_INLINE C sum_of_lanes(Vector<C, N> v) {
   if constexpr (N == 1) {
@@ -299,4 +300,4 @@ JLN_INLINE C sum_of_lanes(Vector<C, N> v) {
 }  // namespace
 }  // namespace jax_layernorm
 
-#endif  // JAX_LAYERNORM_NATIVE_CPU_SIMD_H_
+#endif  // JAX_LAYERNORM_KERNELS_NATIVE_CPU_SIMD_H_

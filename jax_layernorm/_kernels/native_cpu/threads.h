@@ -1,7 +1,7 @@
-// Chunks of work, claimed by the threads of a pool and by the caller.
+// Divides work into chunks, which the threads of a pool and the caller claim.
 
-#ifndef JAX_LAYERNORM_NATIVE_CPU_THREADS_H_
-#define JAX_LAYERNORM_NATIVE_CPU_THREADS_H_
+#ifndef JAX_LAYERNORM_KERNELS_NATIVE_CPU_THREADS_H_
+#define JAX_LAYERNORM_KERNELS_NATIVE_CPU_THREADS_H_
 
 #include <algorithm>
 #include <atomic>
@@ -18,12 +18,12 @@ class Pool {
  public:
   virtual ~Pool() = default;
   virtual int64_t threads() const = 0;
-  // Runs the task on some thread, at once or much later.
+  // Runs the task on a thread of the pool, now or much later.
   virtual void schedule(std::function<void()> task) = 0;
 };
 
-// Memory that a thread uses for one chunk after the other, and keeps, since giving back
-// and getting pages takes longer than a small norm.
+// Memory that a thread uses for one chunk after the other. The thread keeps it, because
+// returning pages to the system and getting them again takes longer than a small norm.
 class Scratch {
  public:
   static Scratch& of_this_thread() {
@@ -31,7 +31,7 @@ class Scratch {
     return scratch;
   }
 
-  // Of what a thread has no use for, up to a megabyte stays.
+  // An idle thread keeps up to a megabyte: kKept bytes in each buffer.
   void shrink() {
     for (Buffer& buffer : buffers_) {
       if (buffer.size > kKept) buffer = Buffer();
@@ -41,7 +41,7 @@ class Scratch {
   void* bytes(int slot, int64_t size) {
     Buffer& buffer = buffers_[slot];
     if (buffer.size < size) {
-      buffer = Buffer();  // first, so that both are not held at once
+      buffer = Buffer();  // free the old memory before getting the new
       buffer.data.reset(new char[size]);
       buffer.size = size;
     }
@@ -59,20 +59,22 @@ class Scratch {
 
 namespace internal {
 
-// What the threads share. It outlives the call that made it, held by tasks that a busy
-// pool gets to late; those find no chunk left and touch nothing else.
+// The state that the threads of one call share. A busy pool may run a task after the call
+// has returned, so each task holds a reference to the state. A late task finds that all
+// chunks are claimed and touches nothing else.
 //
-// Each thread has a run of chunks of its own and then helps with the others': were all to
-// claim from one run, they would wait for each other at each page of a new result, which
-// the kernel gives at the first write (with huge pages, after clearing 2 MiB).
+// Each thread starts with its own run of chunks and then helps with the runs of the others.
+// If all threads claimed chunks from one run, they would wait for each other at each page
+// of a new result, because the operating system provides a page at the first write (and
+// clears 2 MiB if it is a huge page).
 struct Chunks {
-  struct alignas(64) Run {  // a line of the cache
+  struct alignas(64) Run {  // one cache line
     int64_t end;
     std::atomic<int64_t> next;
   };
 
   const int64_t count, workers;
-  const std::function<void(int64_t, Scratch&)> body;  // refers to the caller's variables
+  const std::function<void(int64_t, Scratch&)> body;  // refers to variables of the caller
   const std::unique_ptr<Run[]> runs;
   std::atomic<int64_t> started{0};
   std::atomic<int64_t> done{0};
@@ -112,7 +114,8 @@ struct Chunks {
   }
 
   void wait() {
-    // The others are at their last chunks: a few microseconds, less than sleeping takes.
+    // The other threads are at their last chunks, which take a few microseconds. That is
+    // less than the time to sleep and wake.
     for (int i = 0; i < 4000; ++i) {
       if (done.load(std::memory_order_acquire) == count) return;
 #if defined(__x86_64__)
@@ -127,10 +130,10 @@ struct Chunks {
 
 }  // namespace internal
 
-// Calls body(chunk, scratch) for each chunk in 0 .. chunks, on the calling thread and up
-// to `helpers` of the pool's. The caller claims chunks too and waits only for those that
-// another thread is working on, so that a busy pool delays nothing and no number of calls
-// at once can lock each other. False: memory ran out, and the results are not complete.
+// Calls body(chunk, scratch) for each chunk from 0 to chunks - 1, on the calling thread and
+// on up to `helpers` threads of the pool. The caller claims chunks too, and waits only for
+// chunks that another thread is working on. So a busy pool delays nothing, and concurrent
+// calls cannot deadlock. Returns false if memory ran out; the results are then incomplete.
 template <class Body>
 bool parallel_for(Pool& pool, int64_t chunks, int64_t helpers, const Body& body) {
   helpers = std::min({helpers, chunks - 1, pool.threads() - 1});
@@ -155,4 +158,4 @@ bool parallel_for(Pool& pool, int64_t chunks, int64_t helpers, const Body& body)
 
 }  // namespace jax_layernorm
 
-#endif  // JAX_LAYERNORM_NATIVE_CPU_THREADS_H_
+#endif  // JAX_LAYERNORM_KERNELS_NATIVE_CPU_THREADS_H_

@@ -1,10 +1,12 @@
-// Tests of the CPU kernel without Python and XLA, so that sanitizers can watch:
+// Tests of the CPU kernel without Python and XLA, so that sanitizers can check it:
 //
-//   driver CASES SEED    so many random problems against long double, on each instruction
-//                        set that this processor has, and the tests of threads
+//   driver CASES SEED
 //
-// A problem is drawn from all dtypes, shapes, alignments, groups of parameters and optional
-// arrays. The reference is the textbook formula, two passes in long double, on scalars.
+// compares CASES random problems with long double, each on a random instruction set of
+// those that this processor has, and runs the tests of threads.
+//
+// A problem has random dtypes, shapes, alignments, groups of parameters and optional
+// arrays. The reference is the textbook formula on scalars, in two passes in long double.
 
 #include <algorithm>
 #include <cmath>
@@ -35,13 +37,15 @@ void check(bool right, const char* what) {
 
 // ---- the dtypes, one element at a time ------------------------------------------------
 
-struct Format { int digits, least_exponent, most_exponent; };  // of 2**e * 1.f
+// A normal number is 2**e * 1.f, with e from least_exponent to most_exponent, and `digits`
+// counts the bits of 1.f.
+struct Format { int digits, least_exponent, most_exponent; };
 const Format kFormats[kDtypes] = {{24, -126, 127}, {8, -126, 127}, {11, -14, 15},
                                   {53, -1022, 1023}};
 
 Real eps(Dtype dtype) { return std::ldexp(Real{1}, 1 - kFormats[dtype].digits); }
 
-// To nearest, ties to even, as the format's value.
+// Rounds to the nearest value of the dtype, ties to even.
 Real rounded(Real v, Dtype dtype) {
   if (!std::isfinite(v) || v == 0) return v;
   const Format f = kFormats[dtype];
@@ -107,8 +111,8 @@ void set(void* data, Dtype dtype, int64_t i, Real v) {
 
 // ---- arrays, pools --------------------------------------------------------------------
 
-// An array at any address that is a multiple of its elements' size, in memory that ends
-// where the array does, behind a guard that must stay as it is.
+// An array whose address is only aligned to the size of its elements. The memory ends with
+// the array, and begins with a guard that must not change.
 struct Array {
   Array(int64_t n, Dtype dtype, int offset)
       : n(n), dtype(dtype), guard(64 + offset * kBytesOf[dtype]),
@@ -199,24 +203,24 @@ class Case {
     dscale_groups_ = scale_groups_ == 0 ? 0 : coin(4) ? rows_ : scale_groups_;
     scale_dtype_ = dtype();
     bias_dtype_ = dtype();
-    dtotal_ = residual_ != kDtypes && coin();
+    dresidual_out_ = residual_ != kDtypes && coin();
     dmean_ = center_ && coin(3);
     drstd_ = coin(3);
   }
 
   void run_and_compare(const RowKernels& kernels, Pool& pool) {
-    // A mean of up to 1e4 standard deviations; of spreads, those that float16 can hold.
+    // The mean is up to 2**11 standard deviations, and float16 can hold all spreads.
     const Real spread = std::ldexp(Real{1}, between(-3, 3));
     const Real offset = coin() ? 0 : std::ldexp(spread, between(0, 11));
     Array x = normal(n_, x_, spread, offset);
     Array residual = normal(n_, residual_ == kDtypes ? x_ : residual_, spread, 0);
     Array scale = normal(std::max<int64_t>(scale_groups_, 1) * features_, scale_dtype_, .5, 1);
     Array bias = normal(std::max<int64_t>(bias_groups_, 1) * features_, bias_dtype_, .5, 0);
-    Array y = empty(n_, y_), total = empty(n_, normalized_);
+    Array y = empty(n_, y_), residual_out = empty(n_, normalized_);
     Array mean = empty(rows_, compute_), low = empty(rows_, compute_);
     Array rstd = empty(rows_, compute_);
 
-    Forward f{};
+    ForwardProblem f{};
     f.center = center_;
     f.rows = rows_;
     f.features = features_;
@@ -225,7 +229,7 @@ class Case {
     f.x = {x.data(), x_, 1};
     if (residual_ != kDtypes) {
       f.residual = {residual.data(), residual_, 1};
-      f.total = {total.data(), normalized_, 1};
+      f.residual_out = {residual_out.data(), normalized_, 1};
     }
     if (scale_groups_) f.scale = {scale.data(), scale_dtype_, scale_groups_};
     if (bias_groups_) f.bias = {bias.data(), bias_dtype_, bias_groups_};
@@ -237,14 +241,14 @@ class Case {
     f.rstd = {rstd.data(), compute_, 1};
     check(run(f, kernels, pool), "forward ran out of memory");
 
-    Array dy = normal(n_, y_, 1, 0), dtotal = normal(n_, normalized_, 1, 0);
+    Array dy = normal(n_, y_, 1, 0), dresidual_out = normal(n_, normalized_, 1, 0);
     Array dmean = normal(rows_, compute_, 1, 0), drstd = normal(rows_, compute_, 1, 0);
     Array dx = empty(n_, normalized_);
     Array dscale = empty(std::max<int64_t>(dscale_groups_, 1) * features_, compute_);
     Array dbias = empty(std::max<int64_t>(bias_groups_, 1) * features_, compute_);
-    const Array& sum = residual_ == kDtypes ? x : total;
+    const Array& sum = residual_ == kDtypes ? x : residual_out;
 
-    Backward b{};
+    BackwardProblem b{};
     b.center = center_;
     b.rows = rows_;
     b.features = features_;
@@ -257,7 +261,7 @@ class Case {
     }
     b.rstd = {rstd.data(), compute_, 1};
     b.dy = {dy.data(), y_, 1};
-    if (dtotal_) b.dtotal = {dtotal.data(), normalized_, 1};
+    if (dresidual_out_) b.dresidual_out = {dresidual_out.data(), normalized_, 1};
     if (dmean_) b.dmean = {dmean.data(), compute_, 1};
     if (drstd_) b.drstd = {drstd.data(), compute_, 1};
     b.dx = {dx.data(), normalized_, 1};
@@ -266,19 +270,21 @@ class Case {
     check(run(b, kernels, pool), "backward ran out of memory");
 
     if (residual_ != kDtypes) {
-      for (int64_t i = 0; i < n_; ++i) {  // one rounding in the arithmetic, one in storage
+      for (int64_t i = 0; i < n_; ++i) {
+        // One rounding in the arithmetic, and one in storage.
         Real right = residual[i] + x[i];
-        if (compute_ == kFloat64) {  // of which a long double sum would round twice
+        if (compute_ == kFloat64) {  // a long double sum would round twice
           right = static_cast<double>(residual[i]) + static_cast<double>(x[i]);
         }
         right = rounded(rounded(right, compute_), normalized_);
-        check(total[i] == right, "total");
+        check(residual_out[i] == right, "residual_out");
       }
     }
-    compare(sum, scale, bias, y, mean, low, rstd, dy, dtotal, dmean, drstd, dx, dscale,
-            dbias);
-    for (const Array* a : {&x, &residual, &scale, &bias, &y, &total, &mean, &low, &rstd, &dy,
-                           &dtotal, &dmean, &drstd, &dx, &dscale, &dbias}) {
+    compare(sum, scale, bias, y, mean, low, rstd, dy, dresidual_out, dmean, drstd, dx,
+            dscale, dbias);
+    for (const Array* a :
+         {&x, &residual, &scale, &bias, &y, &residual_out, &mean, &low, &rstd, &dy,
+          &dresidual_out, &dmean, &drstd, &dx, &dscale, &dbias}) {
       check(a->guarded(), "wrote before an array");
     }
   }
@@ -286,8 +292,8 @@ class Case {
  private:
   void compare(const Array& x, const Array& scale, const Array& bias, const Array& y,
                const Array& mean, const Array& low, const Array& rstd, const Array& dy,
-               const Array& dtotal, const Array& dmean, const Array& drstd, const Array& dx,
-               const Array& dscale, const Array& dbias) {
+               const Array& dresidual_out, const Array& dmean, const Array& drstd,
+               const Array& dx, const Array& dscale, const Array& dbias) {
     const Real e = eps(compute_), N = features_;
     std::vector<Real> ds(dscale.n), ds_size(dscale.n), db(dbias.n), db_size(dbias.n);
     std::vector<Real> x_hat(features_), g(features_), gamma(features_);
@@ -298,7 +304,8 @@ class Case {
         m += x[at(i)] / N;
         most_x = std::max(most_x, std::fabs(x[at(i)]));
       }
-      Real correction = 0;  // at a large mean, long double alone is not enough for float64
+      // At a large mean, one pass in long double is not accurate enough for float64.
+      Real correction = 0;
       for (int64_t i = 0; i < features_; ++i) correction += (x[at(i)] - m) / N;
       m = center_ ? m + correction : 0;
       for (int64_t i = 0; i < features_; ++i) {
@@ -328,7 +335,7 @@ class Case {
         Real gamma_size = std::fabs(gamma[i]);
         const bool narrowed = scale_dtype_ == kFloat64 && compute_ != kFloat64;
         if (scale_groups_ && scale_offset_ != 0 && narrowed) {
-          gamma_size += 1;  // rounded to the arithmetic's dtype before the sum, near -1
+          gamma_size += 1;  // the scale is rounded before the offset is added
         }
         Real right = x_hat[i] * gamma[i], size = x_hat_size * gamma_size;
         if (bias_groups_) {
@@ -341,9 +348,9 @@ class Case {
         if (center_) v -= mean_g;
         v = v * s + from_mean;
         size = s * terms * (1 + lost);
-        if (dtotal_) {
-          v += dtotal[at(i)];
-          size += std::fabs(dtotal[at(i)]);
+        if (dresidual_out_) {
+          v += dresidual_out[at(i)];
+          size += std::fabs(dresidual_out[at(i)]);
         }
         near(dx[at(i)], v, size, normalized_, N, "dx");
         if (dscale_groups_) {
@@ -375,8 +382,8 @@ class Case {
     }
   }
 
-  // As oracle.assert_close in the Python tests: one rounding to the result's dtype, and a
-  // few of the arithmetic's, relative to the size of the terms.
+  // Allows what oracle.assert_close allows in the Python tests: one rounding to the dtype
+  // of the result and a few roundings of the arithmetic, relative to the size of the terms.
   void near(Real actual, Real right, Real size, Dtype dtype, Real summed, const char* what) {
     const Real unit = eps(dtype) / 2 + eps(compute_) * (4 + 0.5L * std::sqrt(summed));
     const Real denormal = std::ldexp(Real{1}, kFormats[dtype].least_exponent) * eps(dtype);
@@ -410,7 +417,7 @@ class Case {
 
   std::mt19937_64& random_;
   int64_t rows_, features_, n_;
-  bool center_, dtotal_, dmean_, drstd_;
+  bool center_, dresidual_out_, dmean_, drstd_;
   Dtype x_, residual_, normalized_, y_, compute_, scale_dtype_, bias_dtype_;
   double scale_offset_, epsilon_;
   int64_t scale_groups_, bias_groups_, dscale_groups_;
@@ -422,7 +429,8 @@ void fuzz(int64_t cases, uint64_t seed) {
   const auto kernels = all_kernels();
   for (int64_t i = 0; i < cases; ++i) {
     std::mt19937_64 random(seed + i);
-    // Mostly small, around the widths of vectors; some over the blocks of sums and chunks.
+    // Most shapes are small, around the widths of vectors. Some are larger than the blocks
+    // of a sum and than the chunks of a thread.
     const int kind = static_cast<int>(random() % 1000);
     int64_t rows = 1 + random() % 12, features = 1 + random() % 70;
     if (kind < 20) rows = 1 + random() % 400;
@@ -438,7 +446,7 @@ void fuzz(int64_t cases, uint64_t seed) {
   std::printf("\n");
 }
 
-// Every float16 and bfloat16 widened; sums of two rounded, infinities and NaN too.
+// Widens every float16 and bfloat16, and rounds sums of two, including infinities and NaN.
 void conversions() {
   std::mt19937_64 random(1);
   for (const RowKernels* kernels : all_kernels()) {
@@ -478,12 +486,12 @@ struct Problem {
     for (auto& v : dy) v = draw(random);
   }
 
-  // y, mean, mean_low, rstd, dx, dscale, dbias, one after the other.
+  // Returns y, mean, mean_low, rstd, dx, dscale and dbias in one array.
   std::vector<float> run_on(Pool& pool, const RowKernels& kernels) const {
     const int64_t n = rows * features;
     std::vector<float> out(2 * n + 3 * rows + 2 * features);
     float* at = out.data();
-    Forward f{};
+    ForwardProblem f{};
     f.center = true;
     f.rows = rows;
     f.features = features;
@@ -495,7 +503,7 @@ struct Problem {
     f.mean_low = {at += rows, kFloat32, 1};
     f.rstd = {at += rows, kFloat32, 1};
     check(run(f, kernels, pool), "memory");
-    Backward b{};
+    BackwardProblem b{};
     b.center = true;
     b.rows = rows;
     b.features = features;
@@ -558,7 +566,7 @@ void callers_at_once() {
   for (auto& caller : callers) caller.join();
 }
 
-// All of the pool's threads wait for what the caller does after the norm.
+// All threads of the pool wait until the caller has returned from the norm.
 void busy_pool() {
   current = "busy pool";
   const Problem problem(2000, 300, 3);
@@ -572,7 +580,7 @@ void busy_pool() {
     });
   }
   check(same_bits(problem.run_on(pool, best_kernels()), expected), "other bits");
-  go = true;  // and the pool now gets to tasks of a norm that has been returned
+  go = true;  // now the pool runs tasks of a norm that has already returned
 }
 
 }  // namespace
