@@ -25,6 +25,14 @@ GOLDEN = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def most_of_xla_passes_left_out():
+    """They take most of the time here, and change losses by some 3e-6."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def small_text():
     return corpus.split_text(corpus.load_text(SMALL_TEXT))
 
@@ -51,7 +59,6 @@ def test_layernorm_and_flax_learn_with_the_same_losses(losses):
     assert losses["layernorm"][-1] < losses["layernorm"][0] - 3
 
 
-@pytest.mark.usefixtures("quick_compilation")
 def test_the_other_norm_placement_and_dtype_learn():
     config = replace(TINY, norm="rmsnorm", placement="post", dtype="bfloat16")
     steps = list(train(config, SHORT, *small_text()))
@@ -81,7 +88,6 @@ def test_every_norm_starts_from_the_same_parameters():
         )
 
 
-@pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     ("norm", "placement"), [("layernorm", "pre"), ("flax", "post"), ("rmsnorm", "post")]
 )
@@ -130,7 +136,7 @@ def test_impossible_sizes_are_refused(change, message):
 def test_all_zero_parameters_need_eight_bits_a_byte():
     training, held_out = small_text()
     params = jax.tree.map(jnp.zeros_like, init_params(TINY, seed=0))
-    assert evaluate(TINY, params, training, held_out) == pytest.approx(8, abs=1e-6)
+    assert evaluate(TINY, params, training, held_out) == pytest.approx(8, abs=1e-5)
 
 
 def test_evaluation_is_the_mean_over_every_held_out_byte():

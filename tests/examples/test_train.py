@@ -49,7 +49,8 @@ class Program:
 def start(tmp_path_factory):
     """A function that starts the program; what one run compiled, the next ones load."""
     folder = tmp_path_factory.mktemp("runs")
-    cache = {
+    quick = {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
@@ -60,7 +61,7 @@ def start(tmp_path_factory):
         stdout=subprocess.PIPE,
         text=True,
         bufsize=1,
-        env=os.environ | cache | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=os.environ | quick | {"PYTHONPATH": os.pathsep.join(sys.path)},
     ) as server:
         yield lambda *given: Program(server, folder / "printed", *given)
         server.stdin.close()
