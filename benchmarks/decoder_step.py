@@ -1,4 +1,4 @@
-"""Time of one training step of `examples/decoder.py`, by norm, interleaved.
+"""Time of one training step of `examples/decoder/model.py`, by norm, interleaved.
 
     layernorm  jax_layernorm, as it chooses; xla: its XLA form
     flax       flax.linen.LayerNorm
@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples" / "decoder"))
 
-import decoder
 import flax.linen
+import model as decoder
 import training
 
 from benchmarks import report, timing

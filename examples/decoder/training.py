@@ -1,7 +1,6 @@
 """The training of the decoder: optimizer, train step, evaluation, loop; no files.
 
-Used by `train_decoder.py` and by the notebook:
-
+Example:
     config, settings = DecoderConfig(), TrainingConfig()
     for result in train(config, settings, training_text, held_out_text):
         print(result.step, result.training, result.validation)
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from decoder import DecoderConfig, Params, init_params, next_byte_losses
+from model import DecoderConfig, Params, init_params, next_byte_losses
 
 VALIDATION_WINDOWS = 64
 NATS_PER_BIT = math.log(2)
@@ -33,11 +32,17 @@ class TrainingConfig:
     """
 
     steps: int = 1500
+    """Optimizer steps."""
     batch: int = 16
+    """Windows of text in a step."""
     learning_rate: float = 3e-3
+    """Peak learning rate."""
     weight_decay: float = 0.1
+    """AdamW's; applied to matrices only."""
     seed: int = 0
+    """Of the initial parameters and the order of the data."""
     validate_every: int = 50
+    """Steps between validations."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch", "validate_every"):

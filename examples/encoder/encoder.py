@@ -7,7 +7,7 @@
 Each norm follows a sum, and ours adds and normalizes in one pass, `norm(y, residual=x)`.
 Both norms have the same parameters. All is float32.
 
-Used by `sentence_encoder.py`; nothing here reads or writes a file.
+Used by `embed.py`; nothing here reads or writes a file.
 """
 
 from collections.abc import Mapping

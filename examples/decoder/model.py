@@ -9,12 +9,12 @@ Tokens are bytes. Parameters are float32, the computation runs in `config.dtype`
 logits and the loss are float32. Every norm choice has the same parameter names, so the
 same seed gives the same initial parameters.
 
-Used by `train_decoder.py` and by the notebook; nothing here reads or writes a file.
+Nothing here reads or writes a file.
 """
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -24,8 +24,8 @@ import optax
 from jax_layernorm import linen
 
 NORMS = {"layernorm": linen.LayerNorm, "rmsnorm": linen.RMSNorm, "flax": nn.LayerNorm}
-PLACEMENTS = ("pre", "post")
-DTYPES = ("float32", "bfloat16")
+Placement = Literal["pre", "post"]
+Dtype = Literal["float32", "bfloat16"]
 VOCABULARY = 256  # one token is one byte
 
 Params = Any  # the tree of arrays that `Decoder.init` returns under "params"
@@ -36,12 +36,19 @@ class DecoderConfig:
     """What the model is. `width` must be a multiple of `heads`."""
 
     layers: int = 4
+    """Transformer blocks."""
     width: int = 128
+    """Features of the residual stream."""
     heads: int = 2
+    """Attention heads."""
     context: int = 128
-    norm: str = "layernorm"
-    placement: str = "pre"
-    dtype: str = "float32"
+    """Bytes that the model looks back."""
+    norm: Literal["layernorm", "rmsnorm", "flax"] = "layernorm"
+    """Two norms of jax_layernorm, and flax.linen.LayerNorm to compare."""
+    placement: Placement = "pre"
+    """Norm before (pre) or after (post) attention and MLP."""
+    dtype: Dtype = "float32"
+    """Of the computation; parameters are always float32."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "context"):
@@ -57,8 +64,8 @@ class DecoderConfig:
             )
         for name, known in (
             ("norm", NORMS),
-            ("placement", PLACEMENTS),
-            ("dtype", DTYPES),
+            ("placement", get_args(Placement)),
+            ("dtype", get_args(Dtype)),
         ):
             value = getattr(self, name)
             if value not in known:

@@ -1,11 +1,9 @@
 """Train a small decoder-only transformer on bytes, and compare normalizations.
 
-    python examples/train_decoder.py --out my-run
+    python examples/decoder/train.py --out my-run
 
-By default on the reference texts that come with Python, in about four minutes on two
-CPU cores. Beside it: the model in `decoder.py`, the training loop in `training.py`, the
-text in `corpus.py`, the options in `options.py`, the files of a run in `run_folder.py`,
-the summary in `report.py`.
+It trains on the reference texts that come with Python, unless --text names a file, and
+takes about four minutes on two CPU cores. README.md says what the other files hold.
 
 A run can be stopped at any moment, also by `kill -9`: the same command with `--resume`
 goes on from the last checkpoint, and its metrics are bit for bit those of a run that
@@ -30,7 +28,7 @@ from types import FrameType
 import jax
 import report
 import run_folder
-from decoder import Params, generate, init_params
+from model import Params, generate, init_params
 from options import Run, read_options
 from run_folder import Row, UsageError
 from tqdm import tqdm
@@ -44,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return start(read_options(arguments))
     except (UsageError, FloatingPointError) as error:
-        print(f"train_decoder: {error}", file=sys.stderr)
+        print(f"train: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("\nStopped. The same command with --resume goes on from the last save.")
@@ -53,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def start(run: Run) -> int:
     """Tell what is about to happen, and do it, unless it has been done."""
-    config, settings, out = run.config, run.settings, run.out
+    config, settings, out = run.config, run.settings, run.files.out
     device = jax.devices()[0]
     shapes = jax.tree.leaves(jax.eval_shape(partial(init_params, config), 0))
     parameters = sum(math.prod(each.shape) for each in shapes)
@@ -62,19 +60,19 @@ def start(run: Run) -> int:
     )
     print(f"Model   {config.title()}, {parameters:,} parameters")
     print(
-        f"Text    {run.text_name}: {len(run.training):,} bytes to train on, "
-        f"{len(run.held_out):,} held out"
+        f"Text    {run.files.text or 'pydoc_data.topics'}: "
+        f"{len(run.training):,} bytes to train on, {len(run.held_out):,} held out"
     )
     print(
         f"Steps   {settings.steps:,} of {settings.batch * config.context:,} tokens "
         f"({settings.batch} windows of {config.context} bytes)"
     )
     print(f"Output  {out}", flush=True)
-    if run.resume and (out / run_folder.SUMMARY).exists():
+    if run.files.resume and (out / run_folder.SUMMARY).exists():
         print("This run is finished already. Its summary:\n")
         print((out / run_folder.SUMMARY).read_text(), end="")
         return 0
-    if run.resume and not (out / run_folder.CONFIG).exists():
+    if run.files.resume and not (out / run_folder.CONFIG).exists():
         print("Nothing to resume yet: starting from the beginning.", flush=True)
     run_folder.make_folder(out)
     description = json.dumps(run.describe(), indent=2) + "\n"
@@ -84,7 +82,7 @@ def start(run: Run) -> int:
 
 def train_in_folder(run: Run) -> int:
     """Train from the last checkpoint, if there is one, and report at the end."""
-    config, settings, out = run.config, run.settings, run.out
+    config, settings, out = run.config, run.settings, run.files.out
     with run_folder.open_checkpoints(out) as checkpoints, stop_requests() as stop:
         state = init_state(config, settings)
         state, done = run_folder.restore_checkpoint(checkpoints, state)
@@ -97,7 +95,7 @@ def train_in_folder(run: Run) -> int:
         with closing(record(steps, run, rows)) as recorded:
             for result in recorded:
                 state, done = result.state, result.step
-                due = done % run.checkpoint_every == 0 or done == settings.steps
+                due = done % run.files.checkpoint_every == 0 or done == settings.steps
                 if due or stop:
                     run_folder.save_checkpoint(checkpoints, done, state)
                 if stop:
@@ -116,11 +114,15 @@ def record(
 ) -> Generator[Step, None, None]:
     """Pass each step on once it is in `rows` and in the metrics, and show progress."""
     first, before = (rows[-1].step, rows[-1].seconds) if rows else (0, 0.0)
-    validations = [row.validation for row in rows if row.validation is not None]
+    validations = [
+        row.validation_bits_per_byte
+        for row in rows
+        if row.validation_bits_per_byte is not None
+    ]
     tokens = run.settings.batch * run.config.context
     beginning = time.perf_counter()
     with (
-        open(run.out / run_folder.METRICS, "a") as metrics,
+        open(run.files.out / run_folder.METRICS, "a") as metrics,
         tqdm(
             initial=first,
             total=run.settings.steps,
@@ -137,11 +139,11 @@ def record(
                     f"{run.settings.learning_rate} and another --out."
                 )
             seconds = time.perf_counter() - beginning
-            speed = (result.step - first) * tokens / seconds
+            speed = round((result.step - first) * tokens / seconds)
             losses = (result.training, result.validation)
-            rows.append(Row(result.step, *losses, speed, before + seconds))
-            metrics.write(rows[-1].to_line())
-            metrics.flush()
+            total = round(before + seconds, 3)
+            rows.append(Row(result.step, *losses, speed, total))
+            run_folder.append_row(metrics, rows[-1])
             if result.validation is not None:
                 validations.append(result.validation)
             validation = f"{validations[-1]:.3f}" if validations else "-"
@@ -162,9 +164,9 @@ def finish(run: Run, params: Params, rows: list[Row]) -> None:
     drawn = generate(run.config, params, prompt, SAMPLE_BYTES, seed=run.settings.seed)
     plot = report.plot_losses(rows, bits, run.config.title())
     summary = report.summarize(run, rows[-1].seconds, bits, prompt, drawn)
-    run_folder.write_file(run.out / run_folder.PLOT, plot)
-    run_folder.write_file(run.out / run_folder.SAMPLE, prompt + drawn)
-    run_folder.write_file(run.out / run_folder.SUMMARY, summary)
+    run_folder.write_file(run.files.out / run_folder.PLOT, plot)
+    run_folder.write_file(run.files.out / run_folder.SAMPLE, prompt + drawn)
+    run_folder.write_file(run.files.out / run_folder.SUMMARY, summary)
     print(summary, end="")
 
 

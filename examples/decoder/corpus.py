@@ -6,12 +6,13 @@ tokenization, and losses of different texts compare in bits per byte.
 
 import bz2
 import lzma
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 HELD_OUT_SHARE = 10  # the last tenth is held out
-OVERLAP_RUN = 32  # bytes; a power of two
+OVERLAP_RUN = 32  # bytes
 
 
 def load_text(path: str | Path | None = None) -> np.ndarray:
@@ -72,30 +73,18 @@ def held_out_windows(
 def overlap(
     training: np.ndarray, held_out: np.ndarray, run: int = OVERLAP_RUN
 ) -> float:
-    """Share of held-out bytes in a run of `run` or more bytes that training has too.
+    """Share of held-out bytes in a run of `run` or more bytes that training has too."""
 
-    `run` must be a power of two. Runs are compared by 64-bit hashes.
-    """
-    seen = np.isin(_hash_runs(held_out, run), _hash_runs(training, run))
-    # A byte is covered if one of the `run` windows that contain it was seen.
-    edges = np.zeros(len(held_out) + 1, np.int64)
-    np.add.at(edges, np.flatnonzero(seen), 1)
-    np.add.at(edges, np.flatnonzero(seen) + run, -1)
-    return float(np.mean(np.cumsum(edges)[:-1] > 0))
+    def runs(text: np.ndarray) -> Iterator[bytes]:
+        content = text.tobytes()
+        return (content[at : at + run] for at in range(len(content) - run + 1))
 
-
-def _hash_runs(text: np.ndarray, run: int) -> np.ndarray:
-    """One hash for each window of `run` bytes, by joining the hashes of its halves."""
-    if run & (run - 1):
-        raise ValueError(f"run must be a power of two; got {run}.")
-    hashes, length = text.astype(np.uint64) + np.uint64(1), 1
-    while length < run:
-        hashes = (
-            hashes[:-length] * np.uint64(0x9E3779B97F4A7C15) + hashes[length:]
-        ) * np.uint64(0xD6E8FEB86659FD93)
-        hashes ^= hashes >> np.uint64(32)
-        length *= 2
-    return hashes
+    common = set(runs(held_out)).intersection(runs(training))
+    covered = np.zeros(len(held_out), bool)
+    for at, each in enumerate(runs(held_out)):
+        if each in common:
+            covered[at : at + run] = True
+    return float(covered.mean())
 
 
 def compressed_bits_per_byte(

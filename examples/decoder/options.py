@@ -1,0 +1,136 @@
+"""The command line of `train.py`, with every check before the first write.
+
+The options are the fields of `RunConfig`, `DecoderConfig` and `TrainingConfig`; the text
+under a field is its help.
+"""
+
+import argparse
+import hashlib
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import corpus
+import jax
+import numpy as np
+import simple_parsing
+from model import VOCABULARY, DecoderConfig
+from run_folder import UsageError, check_folder
+from training import TrainingConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the text comes from and where the files go."""
+
+    text: Path | None = simple_parsing.field(  # noqa: RUF009  it makes a field
+        default=None,
+        type=Path,
+        nargs=None,
+        metavar="FILE",
+        help="Train on this file; None: on the reference texts that Python carries.",
+    )
+    out: Path = Path("decoder-run")
+    """Folder for the files of the run."""
+    resume: bool = simple_parsing.field(default=False, action="store_true")
+    """Go on from the last checkpoint in --out, if it has one."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints."""
+
+    def __post_init__(self) -> None:
+        if self.checkpoint_every < 1:
+            raise ValueError(
+                f"checkpoint_every must be at least 1; got {self.checkpoint_every}. "
+                "Try 100."
+            )
+
+
+class Run(NamedTuple):
+    """A checked command line, with its text."""
+
+    files: RunConfig
+    config: DecoderConfig
+    settings: TrainingConfig
+    training: np.ndarray
+    held_out: np.ndarray
+
+    def describe(self) -> dict[str, Any]:
+        """All that the metrics depend on: what `config.json` holds."""
+        text = np.concatenate([self.training, self.held_out])
+        return {
+            **asdict(self.config),
+            **asdict(self.settings),
+            "text_bytes": len(text),
+            "text_sha256": hashlib.sha256(text.tobytes()).hexdigest(),
+        }
+
+
+class OneLineParser(simple_parsing.ArgumentParser):
+    """A parser that does not print its usage before an error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}; --help lists the options.")
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The three configurations, as `files`, `config` and `settings`."""
+    parser = OneLineParser(
+        description="Train a small decoder-only transformer on bytes.",
+        allow_abbrev=False,
+        add_option_string_dash_variants=simple_parsing.DashVariant.DASH,
+    )
+    parser.add_arguments(RunConfig, "files")
+    parser.add_arguments(DecoderConfig, "config")
+    parser.add_arguments(TrainingConfig, "settings")
+    try:
+        return parser.parse_args(arguments)
+    except ValueError as error:  # a configuration refused its values
+        raise UsageError(str(error)) from None
+
+
+def read_options(arguments: list[str] | None) -> Run:
+    """Parse, check, and load the text. Writes nothing.
+
+    Raises:
+      UsageError: the first thing that is wrong.
+    """
+    given = parse(arguments)
+    try:
+        text = corpus.load_text(given.files.text)
+    except OSError as error:
+        raise UsageError(
+            f"--text must be a readable file; {given.files.text}: {error.strerror}. "
+            "Give another --text."
+        ) from None
+    training, held_out = corpus.split_text(text)
+    run = Run(given.files, given.config, given.settings, training, held_out)
+    if len(held_out) < run.config.context:
+        raise UsageError(
+            "the held-out tenth of the text must be at least as long as --context; "
+            f"the text has {len(text)} bytes, its tenth {len(held_out)}, and "
+            f"--context is {run.config.context}. Give a longer --text or a smaller "
+            "--context."
+        )
+    check_memory(run.config, run.settings)
+    check_folder(run.files.out, run.describe(), resume=run.files.resume)
+    return run
+
+
+def check_memory(config: DecoderConfig, settings: TrainingConfig) -> None:
+    """Refuse a model and batch that clearly cannot fit; a rough count from below."""
+    layers, width, context = config.layers, config.width, config.context
+    parameters = 12 * layers * width**2 + (VOCABULARY + context) * width
+    saved = layers * (16 * width + 2 * config.heads * context) + 2 * VOCABULARY
+    # Four float32 per parameter: itself, its gradient and the two moments of Adam.
+    needed = 16 * parameters + 4 * settings.batch * context * saved
+    device = jax.devices()[0]
+    there = (device.memory_stats() or {}).get("bytes_limit")
+    if there is None:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UsageError(
+            "model and batch must fit into memory; they need about "
+            f"{needed / 1e9:,.0f} GB and {device.device_kind} has {there / 1e9:,.0f} "
+            "GB. Lower --batch, --context, --layers or --width."
+        )
