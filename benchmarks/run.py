@@ -40,7 +40,7 @@ ROTATED_BYTES = 256 << 20
 
 @functools.lru_cache(1)  # the norms of a table share them
 def drawn(shape: shapes.Shape, dtype: Any) -> list[tuple[Any, jax.Array, jax.Array]]:
-    """`params, x, dy`, so often that large ones are in no cache."""
+    """Sets of `params, x, dy`, as many as it takes to keep large ones out of caches."""
     array = shape.rows * shape.features * dtype.itemsize
     sets = max(1, min(8, ROTATED_BYTES // (3 * array)))
     return [errors.inputs(shape, 1.0, dtype, seed) for seed in range(sets)]
@@ -48,7 +48,7 @@ def drawn(shape: shapes.Shape, dtype: Any) -> list[tuple[Any, jax.Array, jax.Arr
 
 @functools.lru_cache(1)
 def right(shape: shapes.Shape, dtype: Any) -> list[np.ndarray]:
-    """What the first of `drawn` should come to."""
+    """The right results for the first set of `drawn`."""
     return errors.oracle(*drawn(shape, dtype)[0])
 
 
@@ -70,7 +70,7 @@ def arguments(
     dtype: Any,
     given: tuple[Any, jax.Array, jax.Array],
 ) -> tuple[Any, ...]:
-    """Real ones: a backward pass is given what its own forward pass saved."""
+    """Arrays for a program; a backward pass gets what its own forward pass saved."""
     params, x, dy = given
     if program == "forward":
         return params, x
@@ -83,7 +83,7 @@ def arguments(
 
 
 def device_seconds(profile: Any, calls: int) -> float | None:
-    """Median seconds of a call on the first device; None where no device has a clock.
+    """Median seconds of a call on the first device; None if no device has a clock.
 
     Args:
       profile: a `jax.profiler.ProfileData` of `calls` calls of one program.
@@ -116,7 +116,7 @@ def device_seconds(profile: Any, calls: int) -> float | None:
 def timed(
     function: Callable[..., Any], sets: list[tuple[Any, ...]], calls: int
 ) -> tuple[float | None, float]:
-    """Seconds of a call: the device's, and wall time over queued calls."""
+    """Seconds of a call: by the device's clock, and wall time over queued calls."""
 
     def run() -> float:
         start = time.perf_counter()
@@ -141,7 +141,7 @@ def measure(
     dtype: Any,
     calls: int,
 ) -> dict[str, Any] | None:
-    """None for a copy that is no forward pass."""
+    """One row of the table; None for a copy in a program other than forward."""
     sets = drawn(shape, dtype)
     if name == "copy":
         if program != "forward":

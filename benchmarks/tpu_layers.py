@@ -47,7 +47,7 @@ from benchmarks.support import (  # noqa: E402
 
 DTYPE = jnp.bfloat16
 SCHEDULED = (2, 8)
-"""Sequences and heads whose attention is scheduled: that of more takes as much more."""
+"""Sequences and heads whose attention is scheduled; cycles grow in proportion to both."""
 PROGRAMS = ("layer", "scanned", "remat", "block")
 ATTENTION = {"flash": programs.flash_attention, "xla": programs.xla_attention}
 NORMS = ("flax", "xla", "pallas_tpu", "fused add", "none")
@@ -63,7 +63,7 @@ def norm_called(name: str) -> tuple[peers.Norm, peers.AddNorm | None]:
 
 
 def schedules(generation: str, shape: shapes.Shape) -> dict[str, float]:
-    """Cycles of each kernel, alone; in a process of its own (see `tpu_cycles`)."""
+    """Cycles of each kernel, compiled alone. Runs in its own process: see `tpu_cycles`."""
     tpu_cycles.keep_schedules()
     device = compilers.device("tpu", generation)
     found = {}
@@ -97,7 +97,7 @@ def schedules(generation: str, shape: shapes.Shape) -> dict[str, float]:
 
 
 def kernel_of(line: str, elements: int) -> str | None:
-    """Which of those in `schedules` an instruction is; None: none."""
+    """The key in `schedules` of the kernel that an instruction calls, or None."""
     if 'custom_call_target="tpu_custom_call"' not in line:
         return None
     name = line.removeprefix("ROOT ").split()[0]
@@ -111,7 +111,7 @@ def kernel_of(line: str, elements: int) -> str | None:
 
 
 def cycles_of(hlo: str, kernels: dict[str, float], elements: int) -> float:
-    """Of a run of the whole program."""
+    """Cycles of one run of the whole program."""
     computations = hlo_bytes.computations(hlo)
 
     def of(name: str) -> float:
@@ -204,7 +204,8 @@ def main(arguments: list[str] | None = None) -> None:
             if norm == "flax":
                 flax = measured
             ratios = {
-                f"{k} over flax": v / flax[k] if flax else None
+                # A small program can have no temporary memory.
+                f"{k} over flax": v / flax[k] if flax and flax[k] else None
                 for k, v in measured.items()
             }
             results.append({"generation": generation, "shape": str(shape),

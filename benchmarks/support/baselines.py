@@ -1,7 +1,7 @@
-"""Programs without a norm that move the arrays of one with a norm: least times for it.
+"""Programs that move the arrays of a norm and compute none: how fast a norm could be.
 
-copy    XLA copies x (and dy, or the residual)
-floor   XLA reads all the inputs, and writes all the outputs
+copy    copies x (and dy, or the residual)
+floor   reads all inputs of the program, and writes arrays of the size of all its outputs
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ WIDEN = 4
 HEAD = 128
 LENGTH = 2048
 FLASH_BLOCK = 512
-"""Positions of a block of `flash_attention`."""
+"""Positions in a block of `flash_attention`."""
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -72,7 +72,7 @@ def params_of(features: int, *leading: int) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def forward_backward(norm: Norm) -> Callable[..., tuple[jax.Array, ...]]:
-    """The function of `joint`, of concrete arrays of any shape."""
+    """The function of `joint`, for arrays of any shape."""
 
     def run(params: Any, x: jax.Array, dy: jax.Array) -> tuple[jax.Array, ...]:
         y, vjp = jax.vjp(norm, params, x)
@@ -83,7 +83,7 @@ def forward_backward(norm: Norm) -> Callable[..., tuple[jax.Array, ...]]:
 
 
 def _arrays(count: int, shape: Shape, dtype: Any) -> tuple[Any, ...]:
-    """Parameters, and so many arrays of the size of x."""
+    """Parameters, and `count` arrays of the size of x."""
     return params_of(shape.features), *(abstract(shape, dtype),) * count
 
 
@@ -156,7 +156,7 @@ def heads_of(shape: Shape) -> tuple[int, int, int]:
 
 
 def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Scores are computed again backward, and not kept: as attention kernels do."""
+    """Computes the scores again in the backward pass, as attention kernels do."""
     causal = nn.make_causal_mask(jnp.ones((1, q.shape[1])))
     return jax.checkpoint(functools.partial(nn.dot_product_attention, mask=causal))(
         q, k, v
@@ -195,9 +195,9 @@ def decoder(
     """Sequences of up to `LENGTH`; weights stacked along the layers, which are scanned.
 
     Args:
-      norm: of a layer's first norm, and of the second.
-      add_norm: `(params, branch, stream) -> y, stream`, for the second; None: the sum
-        is not fused with the norm.
+      norm: the first norm of a layer, and the second if `add_norm` is None.
+      add_norm: `(params, branch, stream) -> y, stream`, the second norm with the sum
+        before it; None if the sum is not fused with the norm.
       layers: None for one layer, not scanned.
       remat: whether the backward pass computes a layer again.
       attention: causal, `(q, k, v) -> mixed`, all (batch, length, heads, head).
