@@ -1,4 +1,5 @@
-"""Benchmarks: one command each, `python -m benchmarks.NAME --help`.
+"""Benchmarks: one command each, `python -m benchmarks.NAME --help`; see README.md.
 
-A table on the screen, JSON with `--json FILE`. Nothing here is timed by a test.
+A command prints a table, and writes JSON with `--json FILE`. What commands share is in
+`support`, and what they measured in `results/`. Tests run them, but time nothing.
 """

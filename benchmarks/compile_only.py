@@ -1,73 +1,75 @@
-"""Device-memory traffic of compiled programs on TPU and CUDA, without the hardware.
+"""How many bytes compiled programs move, on TPU and CUDA, without the hardware.
 
-joint    forward and backward in one jit
-block    out = h + relu(norm(h) @ W1) @ W2, and the gradients of all of it
-layers   a scanned decoder of 4 layers, two norms each
+Programs: joint, forward and backward in one jit; block, in which the norm stands beside
+products; layers, a scanned decoder of 4 layers with two norms each; and the others in
+`benchmarks.support.programs`. Parameters are float32.
 
-by ours as the package lowers it by itself, ours in the form for XLA, the bare equations
-("plain"), autodiff of them, and Flax's linen.LayerNorm; parameters float32. The table
-gives bytes, each operand and result of a kernel counted once, an element of x; temporary
-memory in MiB; and the ratio of bytes to Flax's. The floor of joint is x, y, x, dy and dx,
-each once: 5 arrays. Which wheels this needs: `benchmarks/compilers.py`.
+The table gives bytes per element of x, where each operand and result of a kernel counts
+once; the same over the least bytes that the program could move ("over the floor") and
+over Flax's; and temporary memory in MiB. Lower is better. The norm "equations" is our
+XLA implementation without its barriers, sums in parts and one-pass statistics.
+
+The wheels that this needs are listed in `benchmarks/support/compilers.py`.
+
+    python -m benchmarks.compile_only --platform cuda --programs joint block layers
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks import compilers
+from benchmarks.support import compilers
 
 compilers.keep_to_the_host()
 
-import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-import jax_layernorm as jln  # noqa: E402
-from benchmarks import hlo_bytes, peers, programs, report, shapes  # noqa: E402
+from benchmarks.support import (  # noqa: E402
+    hlo_bytes,
+    peers,
+    programs,
+    report,
+    shapes,
+)
 from jax_layernorm import _equations  # noqa: E402
-from jax_layernorm._kernels import xla  # noqa: E402
+from jax_layernorm._kernels import KERNELS, xla  # noqa: E402
 
-NORMS = ("ours", "xla", "plain", "autodiff", "flax")
-JOINT_FLOOR = 5  # arrays: x, y, x, dy, dx
+EQUATIONS = "equations"
+NORMS = ("ours", "xla", EQUATIONS, "ours autodiff", "flax")
+
+
+class Equations:
+    """The bare equations as an implementation, without what `xla` adds to them."""
+
+    platforms = xla.platforms
+    not_default = staticmethod(xla.not_default)
+
+    def forward(self, problem: Any) -> Any:
+        return _equations.forward
+
+    def backward(self, problem: Any) -> Any:
+        return _equations.backward
 
 
 @contextlib.contextmanager
-def without_barriers() -> Iterator[None]:
-    """The package's XLA form as the bare equations."""
-    kept = xla.forward, xla.backward
-    xla.forward = lambda problem: _equations.forward
-    xla.backward = lambda problem: _equations.backward
-    jax.clear_caches()
+def equations_registered() -> Iterator[None]:
+    """Makes `implementation="equations"` known; the last in the order of preference."""
+    KERNELS[EQUATIONS] = Equations()
     try:
         yield
     finally:
-        xla.forward, xla.backward = kept
-        jax.clear_caches()
-
-
-def norm_called(name: str) -> peers.Norm:
-    if name in ("xla", "plain", "pallas_tpu"):
-        implementation = "xla" if name == "plain" else name
-        return functools.partial(
-            jln.layer_norm, epsilon=peers.EPSILON, implementation=implementation
-        )
-    return {
-        "ours": peers.ours,
-        "autodiff": peers.ours_autodiff,
-        "flax": peers.flax,
-        "tokamax": peers.tokamax,
-    }[name]
+        del KERNELS[EQUATIONS]
 
 
 def measure(
     platform: str, device: Any, program: str, norm: str, shape: shapes.Shape, dtype: Any
 ) -> dict[str, Any]:
     """Bytes and temporary memory of one program."""
-    made = programs.PROGRAMS[program](norm_called(norm), shape, dtype)
-    with without_barriers() if norm == "plain" else contextlib.nullcontext():
+    with equations_registered():
+        peer = peers.ours(EQUATIONS) if norm == EQUATIONS else peers.NORMS[norm]
+        made = programs.make(program, peer, shape, dtype)
         compiled = compilers.compile_for(platform, device, *made)
     hlo = compiled.as_text()
     return {
@@ -77,6 +79,7 @@ def measure(
         "dtype": jnp.dtype(dtype).name,
         "bytes": hlo_bytes.total(hlo, programs.LAYERS),
         "temp": compiled.memory_analysis().temp_size_in_bytes,
+        "floor arrays": programs.FLOOR_ARRAYS[program],
         "kernels": hlo_bytes.kernels(hlo),
     }
 
@@ -87,9 +90,9 @@ def with_ratios(cases: list[dict[str, Any]], shape: shapes.Shape) -> None:
     elements = shape.rows * shape.features
     for case in cases:
         case["bytes an element"] = case["bytes"] / elements
-        if case["program"] == "joint":
-            floor = JOINT_FLOOR * elements * jnp.dtype(case["dtype"]).itemsize
-            case["over the floor"] = case["bytes"] / floor
+        arrays = case["floor arrays"]
+        floor = arrays and arrays * elements * jnp.dtype(case["dtype"]).itemsize
+        case["over the floor"] = case["bytes"] / floor if floor else None
         case["over flax"] = case["bytes"] / flax if flax else None
 
 
@@ -99,9 +102,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--generation", help="TPU v4, v5e, v5p, v6e, v7x; CUDA sm_90a")
     parser.add_argument("--programs", nargs="+", default=["joint", "block"],
                         choices=tuple(programs.PROGRAMS))  # fmt: skip
-    parser.add_argument(
-        "--norms", nargs="+", default=NORMS, choices=(*NORMS, "tokamax", "pallas_tpu")
-    )
+    peers.add_argument(parser, NORMS, (*peers.JAX_NORMS, EQUATIONS))
     parser.add_argument("--shape", type=shapes.parse, default=shapes.SHAPES["large"])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument(
@@ -111,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     platform = options.platform
     reason = compilers.unavailable(platform)
     if reason is not None:
-        parser.exit(1, f"{reason}; see benchmarks/compilers.py\n")
+        parser.exit(1, f"{reason}; see benchmarks/support/compilers.py\n")
     default = {"tpu": "v5e", "cuda": "sm_90a"}[platform]
     generation = options.generation or default
     if generation not in compilers.GENERATIONS[platform]:
@@ -120,12 +121,14 @@ def main(arguments: list[str] | None = None) -> None:
     where = report.environment(f"{platform} {generation}, compiled without a device")
     report.print_environment(where)
     device = compilers.device(platform, generation)
+    found = peers.available(set(options.norms) - {EQUATIONS}, platform)
+    norms = [name for name in options.norms if name in (*found, EQUATIONS)]
     results = []
     for program in options.programs:
         for dtype in options.dtypes:
             cases = [
                 measure(platform, device, program, norm, options.shape, dtype)
-                for norm in options.norms
+                for norm in norms
             ]
             with_ratios(cases, options.shape)
             results += cases

@@ -1,16 +1,17 @@
-"""Times on CPU: ours beside Flax, tokamax, equinox and torch, and beside copying.
+"""Times of layer norms on a CPU, ours beside others', and beside copying.
 
-    ours      jax_layernorm, as it chooses; xla: its XLA form, by name
-    plain     a custom_vjp as people write it
-    flax, tokamax, equinox, torch: where installed
-    copy      XLA copies x (and dy, or the residual): as many bytes, nothing computed
-    floor     XLA reads all the inputs, and writes all the outputs, of the program
+Programs, defined in `benchmarks.support.programs`: inference, the forward pass alone;
+joint, forward and backward in one; add, the norm of a residual sum; add joint. Two more
+names of `--norms` are no norms: "copy" copies the inputs and computes nothing, "floor"
+reads the same inputs as the norm and writes the same outputs. Parameters are float32.
 
-Programs: forward; joint, forward and backward in one; add, the norm of a residual sum; add
-joint. Parameters are float32. Medians over interleaved repetitions, in ms, each with its
-ratio to ours, on so many cores. A pause before each measurement lets torch's threads fall
-asleep, which otherwise spin and take the core from who comes next. Errors of y, dx, dscale
-and dbias against float64 are in units of the last place (`benchmarks.accuracy`).
+The table gives medians over interleaved repetitions in ms, and in parentheses how many
+times as long as ours; lower is better. A pause before each measurement lets torch's
+threads fall asleep; otherwise they spin and take the core from whoever comes next. The
+JSON also has the errors of joint in units in the last place
+(`benchmarks.support.errors`).
+
+    python -m benchmarks.cpu --shapes gpt2 --threads 1 2
 """
 
 from __future__ import annotations
@@ -26,214 +27,124 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks import compilers
+from benchmarks.support import compilers
 
 compilers.keep_to_the_host()
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-import jax_layernorm as jln  # noqa: E402
-from benchmarks import accuracy, peers, report, shapes, timing  # noqa: E402
+from benchmarks.support import (  # noqa: E402
+    errors,
+    peers,
+    programs,
+    report,
+    shapes,
+    timing,
+    torch_peer,
+)
+from benchmarks.support.baselines import BASELINES  # noqa: E402
 
-NORMS = ("ours", "xla", "plain", "flax", "tokamax", "equinox", "torch", "copy", "floor")
-PROGRAMS = ("forward", "joint", "add", "add joint")
+NORMS = (
+    "ours", "xla", "plain", "flax", "tokamax", "equinox", "torch", *BASELINES,
+)  # fmt: skip
+PROGRAMS = ("inference", "joint", "add", "add joint")
 CPU_SHAPES = (
     "gpt2", "gpt3-6.7b", "bert-large", "pairs", "decode", "one-token", "wide", "uneven",
 )  # fmt: skip
 PAUSE = 0.004  # seconds; torch's threads spin for about a millisecond
 
 
-def jax_programs(norm: peers.Norm) -> dict[str, Callable[..., Any]]:
-    def add(params: Any, x: Any, residual: Any) -> Any:
-        total = residual + x
-        return norm(params, total), total
-
-    return programs_of(norm, add)
-
-
-def programs_of(norm: Any, add: Any) -> dict[str, Callable[..., Any]]:
-    def joint(params: Any, x: Any, dy: Any) -> Any:
-        y, vjp = jax.vjp(norm, params, x)
-        return y, vjp(dy)
-
-    def add_joint(params: Any, x: Any, residual: Any) -> Any:
-        # Both summands have the same cotangent, which torch returns twice as one array;
-        # XLA would copy it for a second result.
-        out, vjp = jax.vjp(add, params, x, residual)
-        return out, vjp((residual, x))[:2]
-
-    forward = lambda params, x, dy: norm(params, x)  # noqa: E731
-    return dict(zip(PROGRAMS, (forward, joint, add, add_joint), strict=True))
-
-
-def ours(implementation: str | None) -> dict[str, Callable[..., Any]]:
-    options = {"epsilon": peers.EPSILON, "implementation": implementation}
-    return programs_of(
-        functools.partial(jln.layer_norm, **options),
-        functools.partial(jln.add_layer_norm, **options),
-    )
-
-
-def copies() -> dict[str, Callable[..., Any]]:
-    copy = jnp.copy
-
-    def joint(params: Any, x: Any, dy: Any) -> Any:
-        return copy(x), copy(dy)
-
-    forward = lambda params, x, dy: copy(x)  # noqa: E731
-    return dict(zip(PROGRAMS, (forward, joint, joint, joint), strict=True))
-
-
-def floors() -> dict[str, Callable[..., Any]]:
-    def forward(params: Any, x: Any, dy: Any) -> Any:
-        return x + (params["scale"] + params["bias"]).astype(x.dtype)
-
-    def joint(params: Any, x: Any, dy: Any) -> Any:
-        return forward(params, x, dy) + dy, x - dy, jax.tree.map(jnp.negative, params)
-
-    def add(params: Any, x: Any, residual: Any) -> Any:
-        return joint(params, x, residual)[:2]
-
-    def add_joint(params: Any, x: Any, residual: Any) -> Any:
-        return *joint(params, x, residual), x + residual
-
-    return dict(zip(PROGRAMS, (forward, joint, add, add_joint), strict=True))
-
-
-def torch_programs(params: Any, x: Any, dy: Any) -> dict[str, Callable[[], Any]]:
-    import torch
-
-    def tensor(array: Any) -> torch.Tensor:
-        wide = torch.from_numpy(jax.device_get(array.astype("float32")).copy())
-        return wide.to(getattr(torch, array.dtype.name)).requires_grad_()
-
-    given = [tensor(a) for a in (x, params["scale"], params["bias"])]
-    other = tensor(dy)
-    fixed = other.detach()
-
-    def norm(total: torch.Tensor) -> torch.Tensor:
-        shape = total.shape[-1:]
-        return torch.nn.functional.layer_norm(total, shape, *given[1:], peers.EPSILON)
-
-    def forward() -> Any:
-        with torch.no_grad():
-            return norm(given[0])
-
-    def joint() -> Any:
-        y = norm(given[0])
-        return y, torch.autograd.grad(y, given, fixed)
-
-    def add() -> Any:
-        with torch.no_grad():
-            total = other + given[0]
-            return norm(total), total
-
-    def add_joint() -> Any:
-        total = other + given[0]
-        y = norm(total)
-        cotangents = (fixed, given[0].detach())
-        return y, total, torch.autograd.grad((y, total), (*given, other), cotangents)
-
-    return dict(zip(PROGRAMS, (forward, joint, add, add_joint), strict=True))
-
-
-def available(names: list[str]) -> dict[str, dict[str, Callable[..., Any]] | None]:
-    """Programs of each that is installed; None for torch, which needs the arrays."""
-    own = {"ours": ours(None), "xla": ours("xla"), "copy": copies(), "floor": floors()}
-    found: dict[str, Any] = {}
+def runners(
+    names: list[str], program: str, shape: shapes.Shape, given: tuple[Any, ...]
+) -> dict[str, Callable[[], Any]]:
+    """One program of each norm and baseline, over these `params, x, dy`."""
+    found: dict[str, Callable[[], Any]] = {}
     for name in names:
-        if name in own:
-            found[name] = own[name]
-        elif name == "torch":
-            reason = peers.import_error("torch")
-            if reason is None:
-                found[name] = None
-            else:
-                print(f"torch left out: {reason}")
+        if name == "torch":
+            found[name] = torch_peer.programs(*given)[program]
+            continue
+        if name in BASELINES:
+            function = BASELINES[name][program]
         else:
-            for each, norm in peers.available((name,)).items():
-                found[each] = jax_programs(norm)
+            made = programs.make(program, peers.NORMS[name], shape, given[1].dtype)
+            function = made.function
+        arrays = given[:2] if program == "inference" else given
+        found[name] = functools.partial(
+            lambda f, arrays: jax.block_until_ready(f(*arrays)),
+            jax.jit(function), arrays,
+        )  # fmt: skip
     return found
 
 
 def measure(
-    found: dict[str, Any],
-    shape: shapes.Shape,
-    dtype: str,
-    wanted: list[str],
-    rounds: int,
+    names: list[str], shape: shapes.Shape, dtype: str, wanted: list[str], rounds: int
 ) -> list[dict[str, Any]]:
-    params, x, dy = accuracy.inputs(shape, 1.0, jnp.dtype(dtype), 0)
-    right = accuracy.oracle(params, x, dy)
-    torch = torch_programs(params, x, dy) if "torch" in found else {}
+    given = errors.inputs(shape, 1.0, jnp.dtype(dtype), 0)
+    right = errors.oracle(*given)
     elements = shape.rows * shape.features
     inner = 20 if elements < 2e5 else 5 if elements < 2e6 else 1
     results = []
     for program in wanted:
-        run: dict[str, Callable[[], Any]] = {}
-        for name, programs in found.items():
-            if programs is None:
-                run[name] = torch[program]
-            else:
-                jitted = jax.jit(programs[program])
-                run[name] = functools.partial(
-                    lambda f: jax.block_until_ready(f(params, x, dy)), jitted
-                )
+        run = runners(names, program, shape, given)
         seconds = timing.interleaved(
             run, repetitions=rounds, inner=inner, before=lambda: time.sleep(PAUSE)
         )
+        ours = seconds.get("ours")
         for name, value in seconds.items():
             results.append(
                 {"shape": str(shape), "dtype": dtype, "program": program, "norm": name}
-                | {"ms": value * 1e3, "over ours": value / seconds["ours"]}
-                | errors(name, program, run[name], right)
+                | {"ms": value * 1e3, "over ours": value / ours if ours else None}
+                | errors_of(name, program, run[name], given, right)
             )
     return results
 
 
-def errors(name: str, program: str, run: Any, right: Any) -> dict[str, Any]:
-    """Of y, dx, dscale, dbias, the largest, in units of the last place."""
-    if program != "joint" or name in ("copy", "floor"):
+def errors_of(
+    name: str, program: str, run: Callable[[], Any], given: Any, right: Any
+) -> dict[str, Any]:
+    """Of y, dx, dscale, dbias, the largest, in units in the last place."""
+    if program != "joint" or name in BASELINES:
         return {}
     out = run()
-    if name == "torch":
-        y, (dx, dscale, dbias) = out
-        arrays = [
-            jnp.asarray(a.detach().float().numpy()) for a in (y, dx, dscale, dbias)
-        ]
-        kinds = [str(y.dtype).removeprefix("torch.")] * 2 + ["float32"] * 2
-    else:
-        y, (dparams, dx) = out
-        arrays, kinds = [y, dx, dparams["scale"], dparams["bias"]], None
-    return accuracy.of_results(arrays, right, kinds)
+    params, x, _ = given
+    kinds = (x.dtype, x.dtype, params["scale"].dtype, params["bias"].dtype)
+    arrays = torch_peer.as_arrays(out) if name == "torch" else out
+    return errors.of_results(arrays, right, kinds)
 
 
 def in_process(options: Any, threads: int) -> list[dict[str, Any]]:
-    if peers.import_error("torch") is None:
+    found = peers.available(options.norms, "cpu")
+    names = [name for name in options.norms if name in (*found, *BASELINES)]
+    if "torch" in names:
         import torch
 
         torch.set_num_threads(threads)
-    found = available(options.norms)
     results = []
     for dtype in options.dtypes:
         table = []
         for shape in options.shapes:
-            cases = measure(found, shape, dtype, options.programs, options.repetitions)
+            cases = measure(names, shape, dtype, options.programs, options.repetitions)
             results += [case | {"threads": threads} for case in cases]
             for program in options.programs:
                 row = {c["norm"]: c for c in cases if c["program"] == program}
-                cells = [f"{c['ms']:.3g} ({c['over ours']:.2f})" for c in row.values()]
-                table.append([str(shape), program, *cells])
+                table.append([str(shape), program, *map(_cell, row.values())])
         print(f"{dtype}, {threads} threads: ms (over ours)")
-        report.print_table(("shape", "program", *found), table)
+        report.print_table(("shape", "program", *names), table)
     return results
 
 
+def _cell(case: dict[str, Any]) -> str:
+    ratio = case["over ours"]
+    return f"{case['ms']:.3g}" + ("" if ratio is None else f" ({ratio:.2f})")
+
+
 def print_summary(results: list[dict[str, Any]]) -> None:
-    """Geometric means over the shapes, and the worst, of each ratio to ours."""
+    """Geometric means over the shapes, and the least, of each ratio to ours."""
     groups: dict[Any, list[float]] = {}
     for r in results:
+        if r["over ours"] is None:
+            continue
         key = (r["program"], r["dtype"], r["threads"], r["norm"])
         groups.setdefault(key, []).append(r["over ours"])
     table = [
@@ -253,7 +164,7 @@ def plot(results: list[dict[str, Any]], where: dict[str, Any], path: str) -> Non
 
     joint = [r for r in results if r["program"] == "joint"]
     panels = sorted({(r["dtype"], r["threads"]) for r in joint}, reverse=True)
-    names = [n for n in NORMS if n != "ours" and any(r["norm"] == n for r in joint)]
+    names = [n for n in dict.fromkeys(r["norm"] for r in joint) if n != "ours"]
     figure, axes = plt.subplots(
         len(panels), 1, figsize=(11, 2.6 * len(panels)), sharex=True, squeeze=False
     )
@@ -291,7 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
     shapes.add_argument(parser, CPU_SHAPES)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--programs", nargs="+", default=PROGRAMS, choices=PROGRAMS)
-    parser.add_argument("--norms", nargs="+", default=NORMS, choices=NORMS)
+    peers.add_argument(parser, NORMS, (*peers.NORMS, *BASELINES))
     parser.add_argument("--repetitions", type=int, default=11)
     parser.add_argument(
         "--threads", nargs="+", type=int, default=[os.cpu_count()],

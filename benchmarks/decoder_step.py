@@ -1,15 +1,14 @@
-"""Time of one training step of `examples/decoder/model.py`, by norm, interleaved.
+"""How long a training step of `examples/decoder` takes with each norm, on any device.
 
-    layernorm  jax_layernorm, as it chooses; xla: its XLA form
-    flax       flax.linen.LayerNorm
-    none       no norm at all: what is left is not the norm's
+The step is the example's own: AdamW, 16 windows of 128 bytes. "none" is no norm at all;
+the time that is left is not the norm's. The table gives medians over interleaved
+repetitions in ms, and how many times as long as Flax's; lower is better.
 
-Medians in ms, and each over flax. The step is the example's: AdamW, 16 windows of 128.
+    python -m benchmarks.decoder_step --widths 128
 """
 
 from __future__ import annotations
 
-import functools
 import pathlib
 import sys
 from typing import Any
@@ -24,8 +23,9 @@ import flax.linen
 import model as decoder
 import training
 
-from benchmarks import report, timing
-from jax_layernorm import linen
+from benchmarks.support import peers, report, timing
+
+NORMS = ("ours", "xla", "flax", "none")
 
 
 class NoNorm(flax.linen.Module):
@@ -39,14 +39,6 @@ class NoNorm(flax.linen.Module):
         scale = self.param("scale", flax.linen.initializers.ones, features)
         bias = self.param("bias", flax.linen.initializers.zeros, features)
         return x + 0 * (scale + bias).astype(x.dtype)
-
-
-NORMS = {
-    "layernorm": linen.LayerNorm,
-    "xla": functools.partial(linen.LayerNorm, implementation="xla"),
-    "flax": flax.linen.LayerNorm,
-    "none": NoNorm,
-}
 
 
 def step_of(norm: str, width: int) -> Any:
@@ -70,18 +62,22 @@ def step_of(norm: str, width: int) -> Any:
 def main(arguments: list[str] | None = None) -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--widths", nargs="+", type=int, default=[128, 256])
+    peers.add_argument(parser, NORMS, (*peers.LINEN_NORMS, "none"))
     parser.add_argument("--repetitions", type=int, default=31)
     options = parser.parse_args(arguments)
-    decoder.NORMS |= NORMS
     where = report.environment()
     report.print_environment(where)
+    found = peers.available(options.norms)
+    modules = {name: peer.linen for name, peer in found.items()} | {"none": NoNorm}
+    decoder.NORMS |= modules
+    norms = [name for name in options.norms if name in modules]
     results = []
     for width in options.widths:
-        run = {norm: step_of(norm, width) for norm in NORMS}
+        run = {norm: step_of(norm, width) for norm in norms}
         seconds = timing.interleaved(run, repetitions=options.repetitions)
         results += [
             {"width": width, "norm": norm, "ms": value * 1e3}
-            | {"over flax": value / seconds["flax"]}
+            | {"over flax": value / seconds["flax"] if "flax" in seconds else None}
             for norm, value in seconds.items()
         ]
     table = [[r["width"], r["norm"], r["ms"], r["over flax"]] for r in results]

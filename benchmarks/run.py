@@ -1,19 +1,17 @@
-"""Times on a GPU or TPU, by its clock: ours beside Flax, tokamax and plain custom_vjp.
+"""Times of layer norms on a GPU or TPU by its own clock, ours beside others'.
 
-    ours        jax_layernorm, as it chooses; xla, pallas_tpu: by name
-    plain       a custom_vjp as people write it
-    flax, tokamax: where installed; tokamax as it chooses, its own kernels on a GPU
-    copy        x is copied: what the memory can do
+Programs, defined in `benchmarks.support.programs`: forward, with what it saves for the
+backward pass; backward, from what that saved; joint, both in one; block. "copy" copies x,
+which shows what the memory can do. Parameters are float32.
 
-Programs: forward, with what it saves for the backward pass; backward, from what that
-saved; joint, both in one; block (`benchmarks.programs`). Parameters are float32.
-
-"device ms" is the median over calls of what `jax.profiler` saw the device do, without the
-host; "wall ms" the time of queued calls over their number. Calls take turns with up to
-eight sets of inputs, of 256 MiB together at the most, so that large ones are in no cache.
-"GB/s" are the least bytes the pass can move over its time. Errors of y, dx, dscale and
-dbias against float64 are in units of the last place (`benchmarks.accuracy`). On a CPU,
-which has no such clock, there are wall times only: `benchmarks.cpu` is for CPUs.
+"device ms" is the median over calls of the time in which `jax.profiler` saw the device
+work, so the host does not count; "wall ms" is the time of queued calls divided by their
+number. Calls take turns with up to eight sets of inputs, at most 256 MiB together, so
+that large inputs are in no cache. "floor arrays" is how many arrays of the size of x the
+program reads or writes at the least, and "GB/s" the bytes of these over its time (higher
+is better). Errors of y, dx, dscale and dbias are in units in the last place
+(`benchmarks.support.errors`). A CPU has no clock of its own, so it gets wall times only;
+`benchmarks.cpu` measures CPUs.
 
     python -m benchmarks.run --json run.json
 """
@@ -32,51 +30,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import jax_layernorm as jln
-from benchmarks import accuracy, peers, programs, report, shapes
+from benchmarks.support import errors, peers, programs, report, shapes
 
 NORMS = ("ours", "xla", "pallas_tpu", "flax", "tokamax", "plain", "copy")
-FLOORS = {"forward": 2, "backward": 3, "joint": 4, "block": None}
-"""Arrays of the size of x that must cross memory."""
 PROGRAMS = ("forward", "backward", "joint", "block")
 DEFAULT_SHAPES = ("bert-large", "large", "pairs", "gpt2", "one-token", "uneven")
 ROTATED_BYTES = 256 << 20
 
 
-def norms(names: list[str]) -> dict[str, peers.Norm | None]:
-    """Those that are here; None for the copy."""
-    found: dict[str, peers.Norm | None] = {}
-    for name in names:
-        if name == "copy":
-            found[name] = None
-        elif name in ("ours", "xla", "pallas_tpu"):
-            if name == "pallas_tpu" and jax.default_backend() != "tpu":
-                print("pallas_tpu left out: it is for TPUs")
-                continue
-            found[name] = functools.partial(
-                jln.layer_norm,
-                epsilon=peers.EPSILON,
-                implementation=None if name == "ours" else name,
-            )
-        else:
-            found |= peers.available((name,))
-    if "tokamax" in found:
-        found["tokamax"] = functools.partial(peers.tokamax, implementation=None)
-    return found
-
-
 @functools.lru_cache(1)  # the norms of a table share them
 def drawn(shape: shapes.Shape, dtype: Any) -> list[tuple[Any, jax.Array, jax.Array]]:
-    """`params, x, dy`, so often that large ones are in no cache."""
+    """Sets of `params, x, dy`, as many as it takes to keep large ones out of caches."""
     array = shape.rows * shape.features * dtype.itemsize
     sets = max(1, min(8, ROTATED_BYTES // (3 * array)))
-    return [accuracy.inputs(shape, 1.0, dtype, seed) for seed in range(sets)]
+    return [errors.inputs(shape, 1.0, dtype, seed) for seed in range(sets)]
 
 
 @functools.lru_cache(1)
 def right(shape: shapes.Shape, dtype: Any) -> list[np.ndarray]:
-    """What the first of `drawn` should come to."""
-    return accuracy.oracle(*drawn(shape, dtype)[0])
+    """The right results for the first set of `drawn`."""
+    return errors.oracle(*drawn(shape, dtype)[0])
 
 
 @functools.lru_cache(1)
@@ -92,25 +65,25 @@ def block_weights(features: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
 
 def arguments(
     program: str,
-    norm: peers.Norm,
+    peer: peers.Peer,
     shape: shapes.Shape,
     dtype: Any,
     given: tuple[Any, jax.Array, jax.Array],
 ) -> tuple[Any, ...]:
-    """Real ones: a backward pass is given what its own forward pass saved."""
+    """Arrays for a program; a backward pass gets what its own forward pass saved."""
     params, x, dy = given
     if program == "forward":
         return params, x
     if program == "joint":
         return params, x, dy
     if program == "backward":
-        forward = programs.forward(norm, shape, dtype).function
+        forward = programs.make("forward", peer, shape, dtype).function
         return jax.jit(forward)(params, x)[1], dy
     return params, *block_weights(shape.features, dtype), x, dy
 
 
 def device_seconds(profile: Any, calls: int) -> float | None:
-    """Median seconds of a call on the first device; None where no device has a clock.
+    """Median seconds of a call on the first device; None if no device has a clock.
 
     Args:
       profile: a `jax.profiler.ProfileData` of `calls` calls of one program.
@@ -143,7 +116,7 @@ def device_seconds(profile: Any, calls: int) -> float | None:
 def timed(
     function: Callable[..., Any], sets: list[tuple[Any, ...]], calls: int
 ) -> tuple[float | None, float]:
-    """Seconds of a call: the device's, and wall time over queued calls."""
+    """Seconds of a call: by the device's clock, and wall time over queued calls."""
 
     def run() -> float:
         start = time.perf_counter()
@@ -163,25 +136,25 @@ def timed(
 
 def measure(
     name: str,
-    norm: peers.Norm | None,
     program: str,
     shape: shapes.Shape,
     dtype: Any,
     calls: int,
 ) -> dict[str, Any] | None:
-    """None for a copy that is no forward pass."""
+    """One row of the table; None for a copy in a program other than forward."""
     sets = drawn(shape, dtype)
-    if norm is None:
+    if name == "copy":
         if program != "forward":
             return None
         function: Any = jnp.copy
         given: list[Any] = [(x,) for _, x, _ in sets]
     else:
-        function = programs.PROGRAMS[program](norm, shape, dtype).function
-        given = [arguments(program, norm, shape, dtype, one) for one in sets]
+        peer = peers.NORMS[name]
+        function = programs.make(program, peer, shape, dtype).function
+        given = [arguments(program, peer, shape, dtype, one) for one in sets]
     jitted = jax.jit(function)
     device, wall = timed(jitted, given, calls)
-    floor = FLOORS[program]
+    floor = programs.FLOOR_ARRAYS[program]
     array = sets[0][1].nbytes
     result = {
         "shape": str(shape),
@@ -190,11 +163,12 @@ def measure(
         "norm": name,
         "device ms": None if device is None else device * 1e3,
         "wall ms": wall * 1e3,
+        "floor arrays": floor,
         "GB/s": floor and floor * array / (wall if device is None else device) / 1e9,
     }
-    if program == "joint" and norm is not None:
+    if program == "joint":
         out = jitted(*given[0])
-        result |= accuracy.of_results(out, right(shape, dtype))
+        result |= errors.of_results(out, right(shape, dtype))
     return result
 
 
@@ -203,19 +177,20 @@ def main(command_line: list[str] | None = None) -> None:
     shapes.add_argument(parser, DEFAULT_SHAPES)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--programs", nargs="+", default=PROGRAMS, choices=PROGRAMS)
-    parser.add_argument("--norms", nargs="+", default=NORMS, choices=NORMS)
+    peers.add_argument(parser, NORMS, (*peers.JAX_NORMS, "copy"))
     parser.add_argument("--calls", type=int, default=20, help="that are profiled")
     options = parser.parse_args(command_line)
     where = report.environment()
     report.print_environment(where)
-    found = norms(options.norms)
+    found = peers.available(options.norms)
+    names = [name for name in options.norms if name in (*found, "copy")]
     results = []
     for dtype in map(jnp.dtype, options.dtypes):
         for shape in options.shapes:
             for program in options.programs:
                 measured = (
-                    measure(name, norm, program, shape, dtype, options.calls)
-                    for name, norm in found.items()
+                    measure(name, program, shape, dtype, options.calls)
+                    for name in names
                 )
                 cases = [case for case in measured if case is not None]
                 if not cases:  # of the copy alone

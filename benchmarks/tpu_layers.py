@@ -1,17 +1,19 @@
-"""A decoder with each norm, on a TPU: cycles, bytes and memory; compiled without a TPU.
+"""What a decoder costs on a TPU with each norm: cycles, bytes, memory; without a TPU.
 
     layer     one pre-norm layer, attention and relu, and all its gradients
     scanned   four of them in a scan
     remat     the same, each layer computed again in the backward pass
     block     `h + relu(norm(h) @ W1) @ W2` and its gradients, which has no second norm
 
-with Flax's norm, ours in XLA's form, our kernels, and these with the residual sum
-before a layer's second norm fused in (the one before its first is another layer's), and
-no norm at all, the most that a norm could win; attention by JAX's flash attention
-kernels, or XLA's. Cycles are the compiler's own estimates for its fusions, loops as
-often as they run, and for a kernel those of its schedule; of our own no fewer than its
-bytes take, of attention's the part that is not above the diagonal. Parameters of norms
-are float32. Ratios are to Flax, where that was measured and fits into the chip's memory.
+Two names of `--norms` are more than a norm: "fused add" is our kernels with the residual
+sum before a layer's second norm fused in (the sum before the first belongs to another
+layer); "none" is no norm at all, the most that a norm could win. Attention is JAX's
+flash attention kernels, or XLA's. Parameters of norms are float32.
+
+Cycles are the compiler's estimates for its fusions, where loops count as often as they
+run, plus those of each kernel's schedule: for our kernels at least the time that their
+bytes take, for attention the part that is not above the diagonal. Ratios are to Flax's
+norm if it was measured and its program fits into the chip's memory; lower is better.
 
     python -m benchmarks.tpu_layers --generations v5e --json layers.json
 """
@@ -26,59 +28,54 @@ import multiprocessing
 import re
 from typing import Any
 
-from benchmarks import compilers
+from benchmarks.support import compilers
 
 compilers.keep_to_the_host()
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 
-import jax_layernorm as jln  # noqa: E402
-from benchmarks import (  # noqa: E402
+from benchmarks.support import (  # noqa: E402
     hlo_bytes,
     peers,
     programs,
     report,
     shapes,
     tpu_cycles,
-    tpu_kernels,
+    tpu_passes,
 )
 
 DTYPE = jnp.bfloat16
 SCHEDULED = (2, 8)
-"""Sequences and heads whose attention is scheduled: that of more takes as much more."""
+"""Sequences and heads whose attention is scheduled; cycles grow in proportion to both."""
 PROGRAMS = ("layer", "scanned", "remat", "block")
 ATTENTION = {"flash": programs.flash_attention, "xla": programs.xla_attention}
 NORMS = ("flax", "xla", "pallas_tpu", "fused add", "none")
 
 
-def norm_called(name: str) -> tuple[peers.Norm, Any]:
-    """The norm, and that of a residual sum or None."""
-    if name == "flax":
-        return peers.flax, None
+def norm_called(name: str) -> tuple[peers.Norm, peers.AddNorm | None]:
+    """The norm, and that of a residual sum if the sum is fused into it."""
     if name == "none":
         return lambda params, x: x, None
-    options = {
-        "epsilon": peers.EPSILON,
-        "implementation": "xla" if name == "xla" else "pallas_tpu",
-    }
-    add = functools.partial(jln.add_layer_norm, **options)
-    fused = add if name == "fused add" else None
-    return functools.partial(jln.layer_norm, **options), fused
+    if name == "fused add":
+        return peers.NORMS["pallas_tpu"][:2]
+    return peers.NORMS[name].norm, None
 
 
 def schedules(generation: str, shape: shapes.Shape) -> dict[str, float]:
-    """Cycles of each kernel, alone; in a process of its own (see `tpu_cycles`)."""
+    """Cycles of each kernel, compiled alone. Runs in its own process: see `tpu_cycles`."""
     tpu_cycles.keep_schedules()
     device = compilers.device("tpu", generation)
     found = {}
-    for name, floor in tpu_kernels.FLOORS.items():
-        measured = tpu_kernels.measure(
+    for name in tpu_passes.PASSES:
+        measured = tpu_passes.measure(
             generation, device, name, "pallas_tpu", shape, DTYPE
         )
         array = shape.rows * shape.features * jnp.dtype(DTYPE).itemsize
         slowest = max(measured["cycles over roofline"], measured["bytes over floor"])
-        found[name] = slowest * tpu_cycles.roofline(generation, array * floor)
+        found[name] = slowest * tpu_cycles.roofline(
+            generation, array * programs.FLOOR_ARRAYS[name]
+        )
     batch, length, heads = programs.heads_of(shape)
     q = programs.abstract((*SCHEDULED, length, programs.HEAD), DTYPE)
 
@@ -100,7 +97,7 @@ def schedules(generation: str, shape: shapes.Shape) -> dict[str, float]:
 
 
 def kernel_of(line: str, elements: int) -> str | None:
-    """Which of those in `schedules` an instruction is; None: none."""
+    """The key in `schedules` of the kernel that an instruction calls, or None."""
     if 'custom_call_target="tpu_custom_call"' not in line:
         return None
     name = line.removeprefix("ROOT ").split()[0]
@@ -114,7 +111,7 @@ def kernel_of(line: str, elements: int) -> str | None:
 
 
 def cycles_of(hlo: str, kernels: dict[str, float], elements: int) -> float:
-    """Of a run of the whole program."""
+    """Cycles of one run of the whole program."""
     computations = hlo_bytes.computations(hlo)
 
     def of(name: str) -> float:
@@ -150,15 +147,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--programs", nargs="+", default=PROGRAMS, choices=PROGRAMS)
     parser.add_argument("--attention", nargs="+", default=list(ATTENTION),
                         choices=ATTENTION)  # fmt: skip
-    parser.add_argument("--norms", nargs="+", default=NORMS, choices=NORMS)
+    peers.add_argument(parser, NORMS, (*peers.JAX_NORMS, "fused add", "none"))
     options = parser.parse_args(arguments)
     reason = compilers.unavailable("tpu")
     if reason is not None:
-        parser.exit(1, f"{reason}; see benchmarks/compilers.py\n")
+        parser.exit(1, f"{reason}; see benchmarks/support/compilers.py\n")
     names = " ".join(options.generations)
     where = report.environment(f"TPU {names}, compiled without a device")
     report.print_environment(where)
     shape = options.shape
+    found = peers.available(options.norms, "tpu")
+    norms = [n for n in options.norms if n in (*found, "fused add", "none")]
     results = []
     # First, and in a process that ends: one at a time can hold the compiler.
     with concurrent.futures.ProcessPoolExecutor(
@@ -175,15 +174,15 @@ def main(arguments: list[str] | None = None) -> None:
     for generation, name, attention in cases:
         device = compilers.device("tpu", generation)
         flax: dict[str, float] = {}
-        for norm in options.norms:
-            norms = norm_called(norm)
+        for norm in norms:
+            function, fused = norm_called(norm)
             if attention is None:
-                if norms[1] is not None:
+                if fused is not None:
                     continue
-                made = programs.block(norms[0], shape, DTYPE)
+                made = programs.block(function, shape, DTYPE)
             else:
                 made = programs.decoder(
-                    *norms, shape, DTYPE,
+                    function, fused, shape, DTYPE,
                     layers=None if name == "layer" else programs.LAYERS,
                     remat=name == "remat",
                     attention=ATTENTION[attention],
@@ -205,7 +204,8 @@ def main(arguments: list[str] | None = None) -> None:
             if norm == "flax":
                 flax = measured
             ratios = {
-                f"{k} over flax": v / flax[k] if flax else None
+                # A small program can have no temporary memory.
+                f"{k} over flax": v / flax[k] if flax and flax[k] else None
                 for k, v in measured.items()
             }
             results.append({"generation": generation, "shape": str(shape),

@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.skipif(
         importlib.util.find_spec("jax_cuda13_plugin") is None,
         reason="compiling for CUDA needs wheels that are not installed;"
-        " benchmarks/compilers.py lists them",
+        " benchmarks/support/compilers.py lists them",
     ),
     pytest.mark.skipif(
         not (ROOT / "benchmarks").is_dir(),
@@ -28,7 +28,7 @@ pytestmark = [
     ("shape", "joint"), (("8192x4096", 1.0), ("32768x128", 1.0), ("4096x768", 0.79))
 )
 def test_on_cuda_the_norm_moves_no_more_bytes_than_flaxs(shape, joint, tmp_path):
-    """In one jit, in a block, in scanned layers: `benchmarks/programs.py`."""
+    """In one jit, in a block, in scanned layers: `benchmarks/support/programs.py`."""
     results = tmp_path / "results.json"
     subprocess.run(
         [sys.executable, "-m", "benchmarks.compile_only", "--platform", "cuda"]

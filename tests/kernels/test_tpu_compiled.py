@@ -22,19 +22,15 @@ import jax_layernorm as jln
 from jax_layernorm._kernels.pallas_tpu import _backward
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
-compilers = pytest.importorskip("benchmarks.compilers", reason="no benchmarks here")
+compilers = pytest.importorskip(
+    "benchmarks.support.compilers", reason="no benchmarks here"
+)
 reason = compilers.unavailable("tpu")
 if reason is not None:
     pytest.skip(reason, allow_module_level=True)
 
-from benchmarks import (  # noqa: E402
-    compile_only,
-    hlo_bytes,
-    programs,
-    shapes,
-    tpu_kernels,
-    tpu_layers,
-)
+from benchmarks import compile_only, tpu_layers  # noqa: E402
+from benchmarks.support import hlo_bytes, programs, shapes, tpu_passes  # noqa: E402
 
 pytestmark = pytest.mark.xdist_group("libtpu")
 CASES = [
@@ -55,17 +51,17 @@ TOO_WIDE = {
 }
 
 
-@pytest.mark.parametrize("name", tpu_kernels.FLOORS)
+@pytest.mark.parametrize("name", tpu_passes.PASSES)
 @pytest.mark.parametrize(("generation", "shape", "dtype"), CASES)
 def test_each_array_crosses_memory_once(generation, shape, dtype, name):
     shape = shapes.parse(shape)
     device = compilers.device("tpu", generation)
-    made = tpu_kernels.program(name, "pallas_tpu", shape, dtype)
+    made = tpu_passes.program(name, "pallas_tpu", shape, dtype)
     compiled = compilers.compile_for("tpu", device, *made)
     moved = hlo_bytes.total(compiled.as_text())
     array = math.prod(shape) * jnp.dtype(dtype).itemsize
     small = 12 * shape.rows + 4 * 64 * shape.features  # statistics; parameters' sums
-    floor = tpu_kernels.FLOORS[name] * array
+    floor = programs.FLOOR_ARRAYS[name] * array
     assert floor <= moved <= 1.001 * floor + small
     assert compiled.memory_analysis().temp_size_in_bytes <= array / 64
 
@@ -98,7 +94,7 @@ def test_the_kernels_of_a_decoder_are_told_apart():
         tpu_layers.kernel_of(line.strip(), math.prod(shape)) for line in hlo.split("\n")
     ]
     attention = ["attention forward", "attention dq", "attention dkv"]
-    assert sorted(k for k in kernels if k) == sorted([*tpu_kernels.FLOORS, *attention])
+    assert sorted(k for k in kernels if k) == sorted([*tpu_passes.PASSES, *attention])
 
 
 @pytest.mark.parametrize("features", WIDTHS)
@@ -106,13 +102,11 @@ def test_whatever_it_takes_compiles(features):
     """On the chip with the least fast memory; blocks of every kind, and ragged ones."""
     device = compilers.device("tpu", "v5e")
     refused = []
-    cases = itertools.product(
-        (1, 40, 4097), tpu_kernels.FLOORS, ("bfloat16", "float32")
-    )
+    cases = itertools.product((1, 40, 4097), tpu_passes.PASSES, ("bfloat16", "float32"))
     for rows, name, dtype in cases:
         shape = shapes.Shape(rows, features)
         try:
-            made = tpu_kernels.program(name, "pallas_tpu", shape, dtype)
+            made = tpu_passes.program(name, "pallas_tpu", shape, dtype)
             hlo = compilers.compile_for("tpu", device, *made).as_text()
         except NotImplementedError as error:
             refused.append((name, dtype, "fit into fast memory" in str(error)))
@@ -125,7 +119,7 @@ def test_whatever_it_takes_compiles(features):
 @pytest.mark.parametrize("features", (2304, 5120, 16384))
 def test_the_statistics_of_as_many_rows_as_are_read_at_once_fit(features, dtype):
     rows = _backward.AT_ONCE
-    made = tpu_kernels.program(
+    made = tpu_passes.program(
         "add backward", "pallas_tpu", shapes.Shape(rows, features), dtype
     )
     device = compilers.device("tpu", "v5e")

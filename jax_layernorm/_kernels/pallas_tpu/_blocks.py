@@ -2,7 +2,7 @@
 
 A register holds 8 rows by 128 columns of float32, and there are 64. The rules below are
 one for all chips; the figures they rest on come from the compiler's schedules
-(`benchmarks/tpu_cycles.py`).
+(`benchmarks/support/tpu_cycles.py`).
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def parse(text: str) -> Shape:
 
 
 def add_argument(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
-    """`--shapes`, of which `default` are taken where there are none."""
+    """`--shapes`; if none is given, `default`."""
     parser.add_argument(
         "--shapes", nargs="+", type=parse, metavar="ROWSxFEATURES",
         default=list(map(parse, default)),

@@ -1,10 +1,11 @@
-"""Bytes that a compiled program moves to and from device memory, read off its HLO.
+"""How many bytes a compiled program moves to and from device memory, from its HLO.
 
-Each operand and result of every executed instruction is counted once: of a fusion, a
-library call or a copy; of an array that a kernel only slices, or updates in place, the
-part. What a kernel reads twice counts once, what the compiler keeps in fast memory
-(`S(1)`, TPU) not at all, and the body of a loop as often as it runs, where that is told.
-XLA's own `cost_analysis` sees no custom kernel, and counts a loop's body once.
+Every instruction that runs (a fusion, a library call, a copy) counts each operand and
+each result once, even if the kernel reads it twice. An array that a kernel only slices,
+or updates in place, counts as that part of it. An array that the compiler keeps in fast
+memory (`S(1)` on TPU) does not count. The body of a loop counts as often as it runs, if
+the program says how often. XLA's `cost_analysis` is not enough: it sees no custom
+kernel, and counts the body of a loop once.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def total(hlo: str, trips: int = 1) -> int:
     """Bytes of one run of the program `compiled.as_text()`.
 
     Args:
-      trips: how often a loop runs of which the program does not tell, as for TPU.
+      trips: how often a loop runs if the program does not say, as on TPU.
     """
     named = computations(hlo)
     return _of(named["ENTRY"], named, trips)
@@ -84,7 +85,7 @@ def _instructions(
 def _of_fusion(
     operands: str, types: dict[str, str], result: str, inside: list[str]
 ) -> int:
-    """Operands and results; of what is only sliced or updated in place, that part."""
+    """Operands and results; if one is only sliced or updated in place, that part."""
     uses: dict[str, list[tuple[str, str, list[str]]]] = {}
     own: dict[str, str] = {}
     position: dict[str, int] = {}
@@ -152,7 +153,7 @@ def _sizes(type_: str, *, everywhere: bool = False) -> list[int]:
 
 
 def computations(hlo: str) -> dict[str, list[str]]:
-    """The lines of each computation by its name, of the entry one by `ENTRY`."""
+    """The lines of each computation by its name; the entry computation is `ENTRY`."""
     found: dict[str, list[str]] = {}
     body: list[str] | None = None
     for line in hlo.splitlines():

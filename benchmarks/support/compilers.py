@@ -1,13 +1,15 @@
-"""Compile for a TPU or a CUDA GPU without one.
+"""Compiles for a TPU or a CUDA GPU without one.
 
-TPU: the `libtpu` wheel (Linux, x86-64), one process at a time. CUDA: no driver, cuBLAS
-or cuDNN, but the wheels of jax's CUDA plugin and of the compiler, of jax's version:
+TPU needs the `libtpu` wheel (Linux, x86-64), which one process at a time can use. CUDA
+needs the wheels of jax's CUDA plugin, in the version of jax, and of the compiler, but no
+driver, cuBLAS or cuDNN:
 
     pip install --no-deps jax-cuda13-plugin==JAX jax-cuda13-pjrt==JAX \
         'nvidia-cuda-nvcc==13.0.*' 'nvidia-nvvm==13.0.*' \
         'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-crt==13.0.*'
 
-XLA for CUDA takes its default choices here; on a device its autotuner may take others.
+Without a device XLA for CUDA makes its default choices; with one its autotuner may make
+others.
 """
 
 from __future__ import annotations
@@ -38,7 +40,7 @@ def unavailable(platform: str) -> str | None:
 
 
 def keep_to_the_host() -> None:
-    """Arrays stay on the host, and no metadata server is asked. Before `import jax`."""
+    """Keeps arrays on the host, asks no metadata server. Call it before `import jax`."""
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
@@ -51,7 +53,7 @@ def device(platform: str, generation: str) -> Any:
 
 
 def devices(platform: str, generation: str) -> list[Any]:
-    """Those of a small system of that kind."""
+    """The devices of a small system of that kind."""
     import jax
     from jax.experimental import topologies
 

@@ -1,10 +1,17 @@
-"""Programs that a norm is part of, each a function and its abstract arguments.
+"""Programs that contain a norm. Each is a function and its abstract arguments.
 
+inference  the forward pass alone: `(params, x) -> y`
+forward    the forward pass under differentiation: what it saves is an output too
+backward   `(what forward saved, dy) -> dparams, dx`
 joint      forward and backward in one jit: `(params, x, dy) -> y, dx, dscale, dbias`
-forward, backward
-           the two as separate programs, what is saved passed from one to the other
+add        the norm of a residual sum: `(params, x, residual) -> y, total`
+add joint  the same and its gradients in one jit
+add backward
+           the backward pass of add alone, as in backward
 block      `out = h + relu(norm(h) @ W1) @ W2`, and the gradients of all of it
 layers     a scanned decoder: `LAYERS` pre-norm blocks of attention and of relu
+
+`FLOOR_ARRAYS` are the arrays of the size of x that each must read or write.
 """
 
 from __future__ import annotations
@@ -19,15 +26,32 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from benchmarks.peers import Norm, forward_backward
-from benchmarks.shapes import Shape
+from benchmarks.support.peers import AddNorm, Norm, Peer
+from benchmarks.support.shapes import Shape
 
+FLOOR_ARRAYS: dict[str, int | None] = {
+    "inference": 2,  # x; y
+    "forward": 2,
+    "backward": 3,  # x, dy; dx
+    "joint": 5,  # the two passes one after the other: x, y; x, dy, dx
+    "add": 4,  # x, residual; y, total
+    "add forward": 4,  # of `tpu_passes`
+    "add backward": 4,  # total, dy, dtotal; dx, which is the residual's gradient too
+    "add joint": 8,
+    "block": None,  # bound by products
+    "layers": None,
+}
+"""How many arrays of the size of x each program reads or writes at the least.
+
+A program that reads x only once could do joint with 4. No implementation does, because
+the forward and the backward pass are separate kernels, each of which reads x.
+"""
 LAYERS = 4
 WIDEN = 4
 HEAD = 128
 LENGTH = 2048
 FLASH_BLOCK = 512
-"""Positions of a block of `flash_attention`."""
+"""Positions in a block of `flash_attention`."""
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
@@ -47,27 +71,66 @@ def params_of(features: int, *leading: int) -> dict[str, jax.ShapeDtypeStruct]:
     return {name: abstract(shape, jnp.float32) for name in ("scale", "bias")}
 
 
-def joint(norm: Norm, shape: Shape, dtype: Any) -> Program:
-    x = abstract(shape, dtype)
-    return Program(forward_backward(norm), (params_of(shape.features), x, x))
+def forward_backward(norm: Norm) -> Callable[..., tuple[jax.Array, ...]]:
+    """The function of `joint`, for arrays of any shape."""
+
+    def run(params: Any, x: jax.Array, dy: jax.Array) -> tuple[jax.Array, ...]:
+        y, vjp = jax.vjp(norm, params, x)
+        dparams, dx = vjp(dy)
+        return y, dx, dparams["scale"], dparams["bias"]
+
+    return run
+
+
+def _arrays(count: int, shape: Shape, dtype: Any) -> tuple[Any, ...]:
+    """Parameters, and `count` arrays of the size of x."""
+    return params_of(shape.features), *(abstract(shape, dtype),) * count
+
+
+def inference(norm: Norm, shape: Shape, dtype: Any) -> Program:
+    return Program(norm, _arrays(1, shape, dtype))
 
 
 def forward(norm: Norm, shape: Shape, dtype: Any) -> Program:
-    """As it is under differentiation: what is saved is an output too."""
-
-    def run(params: Any, x: jax.Array) -> Any:
-        return jax.vjp(norm, params, x)
-
-    return Program(run, (params_of(shape.features), abstract(shape, dtype)))
+    return Program(functools.partial(jax.vjp, norm), _arrays(1, shape, dtype))
 
 
 def backward(norm: Norm, shape: Shape, dtype: Any) -> Program:
-    def run(vjp: Any, dy: jax.Array) -> Any:
-        return vjp(dy)
+    return _pullback(norm, _arrays(1, shape, dtype))
 
-    before = forward(norm, shape, dtype)
-    y, vjp = jax.eval_shape(before.function, *before.arguments)
-    return Program(run, (vjp, abstract(y.shape, y.dtype)))
+
+def _pullback(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Program:
+    out, vjp = jax.eval_shape(functools.partial(jax.vjp, function), *arguments)
+
+    def run(vjp: Any, cotangents: Any) -> Any:
+        # Two summands have the same gradient: one array is written, and not two.
+        return vjp(cotangents)[:2]
+
+    return Program(run, (vjp, out))
+
+
+def joint(norm: Norm, shape: Shape, dtype: Any) -> Program:
+    return Program(forward_backward(norm), _arrays(2, shape, dtype))
+
+
+def add(norm: AddNorm, shape: Shape, dtype: Any) -> Program:
+    return Program(norm, _arrays(2, shape, dtype))
+
+
+def add_backward(norm: AddNorm, shape: Shape, dtype: Any) -> Program:
+    return _pullback(norm, _arrays(2, shape, dtype))
+
+
+def add_joint(norm: AddNorm, shape: Shape, dtype: Any) -> Program:
+    """The cotangents of y and of the sum are the residual and x again."""
+
+    def run(params: Any, x: jax.Array, residual: jax.Array) -> Any:
+        # Both summands have the same gradient, which torch returns twice as one array;
+        # XLA would copy it for a second result.
+        out, vjp = jax.vjp(norm, params, x, residual)
+        return out, vjp((residual, x))[:2]
+
+    return Program(run, _arrays(2, shape, dtype))
 
 
 def block(norm: Norm, shape: Shape, dtype: Any) -> Program:
@@ -93,7 +156,7 @@ def heads_of(shape: Shape) -> tuple[int, int, int]:
 
 
 def xla_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Scores are computed again backward, and not kept: as attention kernels do."""
+    """Computes the scores again in the backward pass, as attention kernels do."""
     causal = nn.make_causal_mask(jnp.ones((1, q.shape[1])))
     return jax.checkpoint(functools.partial(nn.dot_product_attention, mask=causal))(
         q, k, v
@@ -132,9 +195,9 @@ def decoder(
     """Sequences of up to `LENGTH`; weights stacked along the layers, which are scanned.
 
     Args:
-      norm: of a layer's first norm, and of the second.
-      add_norm: `(params, branch, stream) -> y, stream`, for the second; None: the sum
-        is not fused with the norm.
+      norm: the first norm of a layer, and the second if `add_norm` is None.
+      add_norm: `(params, branch, stream) -> y, stream`, the second norm with the sum
+        before it; None if the sum is not fused with the norm.
       layers: None for one layer, not scanned.
       remat: whether the backward pass computes a layer again.
       attention: causal, `(q, k, v) -> mixed`, all (batch, length, heads, head).
@@ -181,10 +244,20 @@ def layers(norm: Norm, shape: Shape, dtype: Any) -> Program:
     return decoder(norm, None, shape, dtype)
 
 
-PROGRAMS = {
-    "joint": joint,
+PROGRAMS: dict[str, Callable[..., Program]] = {
+    "inference": inference,
     "forward": forward,
     "backward": backward,
+    "joint": joint,
+    "add": add,
+    "add backward": add_backward,
+    "add joint": add_joint,
     "block": block,
     "layers": layers,
 }
+
+
+def make(name: str, peer: Peer, shape: Shape, dtype: Any) -> Program:
+    """The program of that name with one of `peers.NORMS`."""
+    norm = peer.add if name.startswith("add") else peer.norm
+    return PROGRAMS[name](norm, shape, dtype)

@@ -1,4 +1,4 @@
-"""What every benchmark prints and writes: where it ran, tables, JSON."""
+"""What every benchmark prints and writes: the environment, tables, JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "tokamax", "equinox", "li
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    """A parser with the first paragraphs of the module's docstring and `--json`."""
+    """A parser whose help shows the module's docstring, with `--json`."""
     made = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -67,7 +67,7 @@ def print_environment(where: dict[str, Any]) -> None:
 
 
 def print_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
-    """Columns as wide as they must be; numbers to the right."""
+    """Columns as wide as their widest cell; all but the first are aligned right."""
     cells = [list(header), *([_cell(c) for c in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for i, row in enumerate(cells):

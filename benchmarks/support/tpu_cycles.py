@@ -1,14 +1,14 @@
 """Cycles of TPU kernels, read from the schedule that the compiler makes for them.
 
-A TPU runs what the compiler has scheduled, and knows no caches: but for the wait for
-memory, the cycles of a kernel are known once it is compiled. They are set against the
-roofline, the time that the kernel's bytes take at the chip's memory bandwidth. Below
-1, memory bounds the kernel and not its arithmetic.
+A TPU runs instructions as the compiler scheduled them and has no caches. So the cycles
+of a kernel, except those in which it waits for memory, are known once it is compiled.
+They are compared with the roofline, the time that the kernel's bytes take at the chip's
+memory bandwidth. If the ratio is below 1, memory bounds the kernel, not arithmetic.
 
-`keep_schedules` must come before the first use of JAX's TPU compiler in the process. The
-compiler aborts the process on some programs when it writes schedules ("Unsupported DMA
-direction"): read kernels alone, and of whole models take `xla_cycles`, the compiler's own
-estimates for each fusion, and add the cycles of the kernels in them.
+Call `keep_schedules` before JAX's TPU compiler is first used in the process. When the
+compiler writes schedules, it aborts the process on some programs ("Unsupported DMA
+direction"). So schedule each kernel alone; for a whole model take `xla_cycles`, the
+compiler's estimates for its fusions, and add the cycles of the kernels in the model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _directory: pathlib.Path | None = None
 
 
 def keep_schedules() -> None:
-    """Makes the compiler write its schedules from now on."""
+    """Makes the compiler write its schedules from now on, for `of_kernels`."""
     global _directory
     if _directory is not None:
         return
@@ -43,7 +43,7 @@ def keep_schedules() -> None:
 
 
 def of_kernels(build: Callable[[], Any]) -> tuple[Any, dict[str, int]]:
-    """What `build` compiles, and the cycles of each instruction of it."""
+    """The program that `build` compiles, and the cycles of each of its instructions."""
     assert _directory is not None, "call keep_schedules first"
     shutil.rmtree(_directory, ignore_errors=True)
     _directory.mkdir()
@@ -66,6 +66,6 @@ def xla_cycles(hlo: str) -> dict[str, int]:
 
 
 def roofline(generation: str, nbytes: float) -> float:
-    """Cycles that it takes to move so many bytes."""
+    """The cycles in which the chip's memory moves `nbytes`."""
     seconds = nbytes / HBM_BYTES_PER_SECOND[generation]
     return seconds * CYCLES_PER_SECOND[generation]

@@ -1,4 +1,4 @@
-"""Medians of interleaved repetitions: what drifts, drifts for all alike."""
+"""Medians of interleaved repetitions, so that a drift in speed affects all alike."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def interleaved(
     before: Callable[[], object] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
-    """Median seconds of one call of each, over rounds in which each runs in turn.
+    """Median seconds of one call of each, over rounds in which they take turns.
 
     Args:
       functions: each is called once beforehand, unmeasured.
       repetitions: rounds.
-      inner: calls that are measured together, for short ones.
+      inner: how many calls are measured together; more than 1 for short ones.
       before: called before each measurement, unmeasured.
-      clock: `time.process_time` counts the seconds of all threads, and not those in
+      clock: `time.process_time` adds up the seconds of all threads, without those in
         which another process had the core.
     """
     for function in functions.values():

@@ -1,0 +1,1 @@
+"""What the commands share: norms, programs, shapes, timing, compilers, tables."""

@@ -1,0 +1,196 @@
+"""Layer norms by name: ours, each implementation of ours, and those of other packages.
+
+`NORMS` is the only list, and every command takes its `--norms` from it. A norm whose
+package is not installed, or that cannot run here, is left out and the reason printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+import jax_layernorm as jln
+from jax_layernorm._kernels import KERNELS
+
+Params = Mapping[str, Any]
+Norm = Callable[[Params, jax.Array], jax.Array]
+"""`(params, x) -> y`, `y` in the dtype of `x`."""
+AddNorm = Callable[[Params, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+"""`(params, x, residual) -> y, residual + x`."""
+EPSILON = 1e-6
+
+
+class Peer(NamedTuple):
+    """How to call one norm."""
+
+    norm: Norm | None
+    """None for torch, which JAX cannot trace: `torch_peer` runs it."""
+    add: AddNorm | None
+    module: str | None = None
+    """The module that it needs; None if it needs this package alone."""
+    linen: Callable[..., Any] | None = None
+    """Makes it a Flax module, from the arguments of `flax.linen.LayerNorm`."""
+
+
+def ours(implementation: str | None = None, *, custom_vjp: bool = True) -> Peer:
+    options = {"implementation": implementation, "custom_vjp": custom_vjp}
+    return Peer(
+        functools.partial(jln.layer_norm, epsilon=EPSILON, **options),
+        functools.partial(jln.add_layer_norm, epsilon=EPSILON, **options),
+        linen=functools.partial(_linen, "jax_layernorm.linen", **options),
+    )
+
+
+def other(
+    norm: Norm, module: str | None = None, linen: Callable[..., Any] | None = None
+) -> Peer:
+    """A norm without a fused residual sum."""
+
+    def add(
+        params: Params, x: jax.Array, residual: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        total = residual + x
+        return norm(params, total), total
+
+    return Peer(norm, add, module, linen)
+
+
+def flaxs(**options: Any) -> Peer:
+    def norm(params: Params, x: jax.Array) -> jax.Array:
+        made = _linen("flax.linen", dtype=x.dtype, **options)
+        return made.apply({"params": dict(params)}, x)
+
+    linen = functools.partial(_linen, "flax.linen", **options)
+    return other(norm, "flax.linen", linen)
+
+
+def _linen(module: str, **options: Any) -> Any:
+    return importlib.import_module(module).LayerNorm(epsilon=EPSILON, **options)
+
+
+def tokamax(params: Params, x: jax.Array) -> jax.Array:
+    """With the implementation that it chooses: on a CPU XLA, on a GPU its own kernel."""
+    import tokamax
+    from absl import flags
+
+    flags.FLAGS.mark_as_parsed()  # or it reads the command line as its own
+    return tokamax.layer_norm(x, params["scale"], params["bias"], epsilon=EPSILON)
+
+
+def equinox(params: Params, x: jax.Array) -> jax.Array:
+    import equinox
+
+    norm = equinox.nn.LayerNorm(x.shape[-1], EPSILON)
+    weights = (params["scale"], params["bias"])
+    norm = equinox.tree_at(lambda n: (n.weight, n.bias), norm, weights)
+    for _ in range(x.ndim - 1):
+        norm = jax.vmap(norm)
+    return norm(x).astype(x.dtype)
+
+
+@jax.custom_vjp
+def plain(params: Params, x: jax.Array) -> jax.Array:
+    """A custom_vjp as people write it: two passes, float32, mean and rstd saved."""
+    return _plain_forward(params, x)[0]
+
+
+def _plain_forward(params: Params, x: jax.Array) -> Any:
+    wide = x.astype(jnp.float32)
+    mean = jnp.mean(wide, -1, keepdims=True)
+    c = wide - mean
+    rstd = jax.lax.rsqrt(jnp.mean(c * c, -1, keepdims=True) + EPSILON)
+    y = c * rstd * params["scale"] + params["bias"]
+    return y.astype(x.dtype), (params["scale"], x, mean, rstd)
+
+
+def _plain_backward(saved: Any, dy: jax.Array) -> Any:
+    scale, x, mean, rstd = saved
+    x_hat = (x.astype(jnp.float32) - mean) * rstd
+    g = dy.astype(jnp.float32) * scale
+    along = jnp.mean(g * x_hat, -1, keepdims=True)
+    dx = rstd * (g - jnp.mean(g, -1, keepdims=True) - x_hat * along)
+    rows = tuple(range(x.ndim - 1))
+    dscale = jnp.sum(dy.astype(jnp.float32) * x_hat, rows)
+    dbias = jnp.sum(dy.astype(jnp.float32), rows)
+    return {"scale": dscale, "bias": dbias}, dx.astype(x.dtype)
+
+
+plain.defvjp(_plain_forward, _plain_backward)
+
+
+OURS = {
+    "ours": ours(),
+    "ours autodiff": ours(custom_vjp=False),
+    **{implementation: ours(implementation) for implementation in KERNELS},
+}
+"""As the package chooses, its equations differentiated by JAX, and each kernel by name."""
+
+NORMS = {
+    **OURS,
+    "plain": other(plain),
+    "flax": flaxs(),
+    "flax two-pass": flaxs(use_fast_variance=False),
+    "tokamax": other(tokamax, "tokamax"),
+    "equinox": other(equinox, "equinox"),
+    "torch": Peer(None, None, "torch"),
+}
+JAX_NORMS = tuple(name for name, peer in NORMS.items() if peer.norm is not None)
+LINEN_NORMS = tuple(name for name, peer in NORMS.items() if peer.linen is not None)
+
+
+def add_argument(
+    parser: argparse.ArgumentParser, default: Iterable[str], choices: Iterable[str]
+) -> None:
+    """`--norms`, of which `default` are measured if none is named."""
+    parser.add_argument(
+        "--norms", nargs="+", default=tuple(default), choices=tuple(choices)
+    )
+
+
+def available(names: Iterable[str], platform: str | None = None) -> dict[str, Peer]:
+    """Those of `NORMS` among `names` that can run; prints why another cannot.
+
+    Args:
+      platform: "cpu", "cuda" or "tpu"; None for that of JAX's default device.
+    """
+    found = {}
+    for name in names:
+        if name not in NORMS:
+            continue
+        reason = unavailable(name, platform)
+        if reason is None:
+            found[name] = NORMS[name]
+        else:
+            print(f"{name} left out: {reason}")
+    return found
+
+
+def unavailable(name: str, platform: str | None = None) -> str | None:
+    """Why this norm cannot run, or None."""
+    peer = NORMS[name]
+    if peer.module is not None:
+        return import_error(peer.module)
+    params = jax.eval_shape(lambda: jln.init_params(128))
+    x = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+    try:
+        jax.jit(peer.norm).trace(params, x).lower(
+            lowering_platforms=None if platform is None else (platform,)
+        )
+    except NotImplementedError as error:
+        return str(error)
+    return None
+
+
+def import_error(module: str) -> str | None:
+    """Why `module` cannot be imported, or None."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a package too old for this jax fails in any way
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None

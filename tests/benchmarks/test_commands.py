@@ -1,0 +1,78 @@
+"""Each benchmark explains itself, and measures a tiny problem; see also test_run.py."""
+
+import importlib
+import json
+import os
+import unittest.mock
+
+import jax
+import pytest
+
+pytest.importorskip("benchmarks.support", reason="no benchmarks here")
+
+COMMANDS = (
+    "accuracy", "compile_only", "cpu", "decoder_step", "overhead", "run", "tpu_kernels",
+    "tpu_layers",
+)  # fmt: skip
+
+
+@pytest.fixture
+def command():
+    """Imports one; those that keep JAX to the host set environment variables."""
+    with unittest.mock.patch.dict(os.environ):
+        yield lambda name: importlib.import_module(f"benchmarks.{name}")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help(name, command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command(name).main(["--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert f"python -m benchmarks.{name} " in out
+    assert "--norm" in out and "--json FILE" in out
+
+
+def test_accuracy(command, tmp_path, capsys):
+    path = tmp_path / "accuracy.json"
+    command("accuracy").main(
+        ["--dtypes", "float32", "--offsets", "0", "--shapes", "8x128", "--seeds", "1"]
+        + ["--norms", "ours", "plain", "--json", str(path)]
+    )
+    assert "float32, ulps" in capsys.readouterr().out
+    results = json.loads(path.read_text())["results"]
+    assert [r["result"] for r in results] == ["y", "dx", "dscale", "dbias"]
+    assert all(r[norm]["max"] < 4 for r in results for norm in ("ours", "plain"))
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="it measures CPUs")
+def test_cpu(command, tmp_path, capsys):
+    path = tmp_path / "cpu.json"
+    command("cpu").main(
+        ["--shapes", "8x128", "--dtypes", "float32", "--repetitions", "1"]
+        + ["--programs", "inference", "joint"]
+        + ["--norms", "ours", "plain", "floor", "--json", str(path)]
+        + ["--threads", str(len(os.sched_getaffinity(0)))]
+    )
+    assert "ms (over ours)" in capsys.readouterr().out
+    results = json.loads(path.read_text())["results"]
+    norms = ("ours", "plain", "floor")
+    expected = [(p, n) for p in ("inference", "joint") for n in norms]
+    assert [(r["program"], r["norm"]) for r in results] == expected
+    assert all(r["ms"] > 0 for r in results)
+    with_errors = [(r["program"], r["norm"]) for r in results if "error of dx" in r]
+    assert with_errors == [("joint", "ours"), ("joint", "plain")]
+
+
+def test_overhead(command, tmp_path, capsys):
+    path = tmp_path / "overhead.json"
+    command("overhead").main(
+        ["--count", "1", "--repetitions", "1", "--features", "8", "--json", str(path)]
+    )
+    assert "over flax" in capsys.readouterr().out
+    results = json.loads(path.read_text())["results"]
+    calls = {"flax", "ours", "ours linen"}
+    expected = {(what, which) for what in ("lower", "eager") for which in calls}
+    expected |= {("import", "jax"), ("import", "ours")}
+    assert {(r["what"], r["which"]) for r in results} == expected
+    assert all(r["ms"] > 0 for r in results)
