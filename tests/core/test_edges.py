@@ -360,7 +360,7 @@ def test_a_row_may_have_more_than_2_to_the_31_elements(function):
 @pytest.mark.parametrize(
     ("dtype", "param_dtype"), list(itertools.product(DTYPES, DTYPES))
 )
-@pytest.mark.parametrize("function", EVERY)
+@pytest.mark.parametrize("function", (jln.layer_norm, jln.add_rms_norm))
 @pytest.mark.usefixtures("implementation")
 def test_x_and_parameters_may_have_any_two_dtypes(function, dtype, param_dtype):
     x, params, dy = draw((4, 32), dtype=dtype, param_dtype=param_dtype)

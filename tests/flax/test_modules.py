@@ -144,7 +144,7 @@ def test_linen_params_are_in_the_order_of_feature_axes():
     assert_agree(y, jln.layer_norm({"scale": scale.T}, x, axis=(1, 2)))
 
 
-@pytest.mark.parametrize("features", itertools.permutations((1, 2, 3)))
+@pytest.mark.parametrize("features", tuple(itertools.permutations((1, 2, 3))))
 def test_linen_params_of_three_feature_axes_are_in_their_order(features):
     x, shape = draw(0, 2, 4, 3, 5), (4, 3, 5)
     stored = tuple(shape[axis - 1] for axis in features)

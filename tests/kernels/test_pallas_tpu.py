@@ -23,8 +23,7 @@ from jax_layernorm._kernels.pallas_tpu import _backward, _blocks, _forward
 
 FUNCTIONS = (jln.layer_norm, jln.rms_norm)
 DTYPES = ("float32", "bfloat16")
-OFFSETS = (1e2, 1e6)
-SHAPES = ((1, 128), (37, 64), (300, 128), (90, 256), (130, 768), (21, 1000), (50, 2304))
+SHAPES = ((1, 128), (37, 64), (300, 128), (90, 256), (130, 768), (21, 1000), (40, 2304))
 """One of each kind of block; ragged and odd ones."""
 
 
@@ -87,9 +86,14 @@ def value_and_gradients(function, params, x, dy, **options):
     return jax.jit(run)(params, x, dy)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize(
+    ("function", "dtype", "shape"),
+    [
+        (FUNCTIONS[(i + j) % 2], dtype, shape)  # each shape with both of both
+        for i, shape in enumerate(SHAPES)
+        for j, dtype in enumerate(DTYPES)
+    ],
+)
 def test_values_and_gradients_are_right(function, dtype, shape, interpreted):
     params, x, _, dy, _ = draw(shape, dtype=dtype)
     out = value_and_gradients(function, params, x, dy)
@@ -113,8 +117,7 @@ def test_blocks_of_a_few_rows_find_their_statistics(
     oracle.assert_right(out, params, x, dy)
 
 
-@pytest.mark.parametrize("offset", OFFSETS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("offset", "dtype"), ((1e6, "float32"), (1e2, "bfloat16")))
 @pytest.mark.parametrize("shape", ((20, 128), (20, 384), (20, 2304)), ids=str)
 def test_offset_costs_no_accuracy(shape, dtype, offset, interpreted):
     params, x, _, dy, _ = draw(shape, offset=offset, dtype=dtype)
@@ -135,8 +138,7 @@ def test_scale_offset_dtype_and_missing_parameters_count(interpreted):
     assert interpreted.ran == ["forward", "backward"] * 4
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("features", (128, 2304))
+@pytest.mark.parametrize(("features", "dtype"), ((128, "bfloat16"), (2304, "float32")))
 def test_residual_is_added_in_both_passes(features, dtype, interpreted):
     """A float32 stream to which a `dtype` branch is added."""
     params, x, _, dy, _ = draw((50, features), dtype=dtype)
@@ -155,8 +157,9 @@ def test_residual_is_added_in_both_passes(features, dtype, interpreted):
     np.testing.assert_array_equal(dx, dresidual.astype(dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", (5, 300))
+@pytest.mark.parametrize(
+    ("rows", "dtype"), ((5, "float32"), (300, "bfloat16"), (150, "float32"))
+)
 @pytest.mark.parametrize("features", (128, 256, 384, 2304))
 def test_statistics_are_right(features, rows, dtype, interpreted):
     params, x, *_ = draw((rows, features), offset=100, dtype=dtype)
@@ -197,8 +200,10 @@ def test_few_rows_are_computed_once(monkeypatch):
         assert math.prod(grids.pop()) == blocks
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("features", (128, 256, 768, 2304))
+@pytest.mark.parametrize(
+    ("features", "dtype"),
+    ((128, "float32"), (256, "bfloat16"), (768, "float32"), (2304, "bfloat16")),
+)
 def test_a_row_of_nan_stays_alone_and_a_constant_one_is_the_bias(
     features, dtype, interpreted
 ):
@@ -213,8 +218,7 @@ def test_a_row_of_nan_stays_alone_and_a_constant_one_is_the_bias(
         np.testing.assert_array_equal(y[row], params["bias"].astype(dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("features", (128, 2304))
+@pytest.mark.parametrize(("features", "dtype"), ((128, "bfloat16"), (2304, "float32")))
 def test_epsilon_may_be_0(features, dtype, interpreted):
     """Also where rows past the end have no variance."""
     params, x, _, dy, _ = draw((37, features), dtype=dtype)

@@ -244,7 +244,7 @@ def vmap_of_both_params_last_axis(norm):
 
 @case
 def vmap_of_grad_of_parameters_of_two_shapes(norm):
-    params = {"scale": PARAMS["scale"], "bias": draw(SEQUENCE, 1, seed=13)}
+    params = {"scale": PARAMS["scale"], "bias": draw(1, FEATURES, seed=13)}
     return jax.vmap(jax.grad(unweighted_loss_of(norm), BOTH), (None, 0))(params, X)
 
 

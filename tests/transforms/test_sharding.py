@@ -21,7 +21,8 @@ LAYOUTS = {  # of x and of the parameters over a mesh of 2 ("data") by 4 ("model
     "both": (P("data", None, "model"), P("model")),
 }
 ADD = (jln.add_layer_norm, jln.add_rms_norm)
-FUNCTIONS = (jln.layer_norm, jln.rms_norm, *ADD)
+FUNCTIONS = (jln.layer_norm, jln.add_rms_norm)
+"""With and without a mean, with and without a residual."""
 
 
 def draw(*shape, seed, offset=0.0):

@@ -1,7 +1,6 @@
 """Norms come through every transformation with the values of plain `jax.numpy`."""
 
 import functools
-import itertools
 
 import implementations
 import jax
@@ -102,32 +101,13 @@ VARIANTS = {
     "all together": (all_together, plain_all_together, 1e-9),
     # dx is rounded to bfloat16; in a third derivative, three times over
     "adaptive bfloat16": (adaptive_bfloat16, plain_adaptive_bfloat16, 6e-2),
-}
-# What surrounds the kernels is the same for all, so one variant is enough for those that
-# are hand-written.
-FOR_KERNELS = {
     "added with statistics": (added_with_statistics, plain_added_with_statistics, 1e-9),
 }
-
-
-def variants_of(names, *always):
-    """Each case with the variants `always`, and with one of the others in turn."""
-    others = itertools.cycle(name for name in VARIANTS if name not in always)
-    return [(name, variant) for name in names for variant in (*always, next(others))]
-
-
-RUNS = [
-    *(
-        (name, variant, "xla")
-        for name, variant in variants_of(REVERSE_MODE, "all together")
-    ),
-    *(
-        (name, variant, implementation)
-        for name in REVERSE_MODE
-        for variant in FOR_KERNELS
-        for implementation in implementations.NAMES
-        if implementation != "xla"
-    ),
+FOR_KERNELS = "added with statistics"
+"""What surrounds the kernels is the same for all: one variant, that all can run."""
+IN_TURN = [name for name in VARIANTS if name != FOR_KERNELS]
+RUNS = [(name, IN_TURN[i % len(IN_TURN)]) for i, name in enumerate(sorted(CASES))] + [
+    (name, FOR_KERNELS) for name in REVERSE_MODE
 ]
 OP_BY_OP = (
     "vjp",
@@ -139,6 +119,7 @@ OP_BY_OP = (
     "shard_map",
     "grad_of_shard_map",
     "grad_inside_shard_map",
+    "jvp_of_shard_map",
 )
 """One of each kind, that runs outside `jax.jit` too."""
 # Where this kernel must say that it cannot run, and why.
@@ -150,50 +131,43 @@ REFUSED = {
 }
 
 
-@functools.cache
-def expected(variant, name):
-    return run(name, (VARIANTS | FOR_KERNELS)[variant][1])
-
-
-def assert_same(variant, name, *, run=run, **options):
-    norm, _, tolerance = (VARIANTS | FOR_KERNELS)[variant]
-    actual = run(name, lambda params, x: norm(params, x, **options))
-    right = expected(variant, name)
-    assert jax.tree.structure(actual) == jax.tree.structure(right)
-    size = 1 + max(np.max(np.abs(a), initial=0) for a in jax.tree.leaves(right))
-    for a, b in zip(*map(jax.tree.leaves, (actual, right)), strict=True):
+def assert_same(actual, expected, tolerance):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    size = 1 + max(np.max(np.abs(a), initial=0) for a in jax.tree.leaves(expected))
+    for a, b in zip(*map(jax.tree.leaves, (actual, expected)), strict=True):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * size)
 
 
-@pytest.mark.parametrize(("name", "variant", "implementation"), RUNS)
-def test_reverse_mode_works(name, variant, implementation):
-    # What is named runs or raises; the default is the first of these that can run.
-    implementations.needed(implementation)
-    reason = REFUSED.get((implementation, name))
-    if reason is None:
-        assert_same(variant, name, implementation=implementation)
-    else:
-        with pytest.raises(NotImplementedError, match=reason):
-            assert_same(variant, name, implementation=implementation)
+def ways(name, variant):
+    """Options under which a case must give the same."""
+    if variant == FOR_KERNELS:
+        return [
+            {"implementation": each}
+            for each in implementations.NAMES
+            if implementations.missing(each) is None
+        ]
+    by_xla = [{"implementation": "xla"}] if name in REVERSE_MODE else []
+    return [*by_xla, {"custom_vjp": False}]
 
 
-@pytest.mark.parametrize(("name", "variant"), variants_of(sorted(CASES)))
-def test_everything_works_with_custom_vjp_false(name, variant):
-    assert_same(variant, name, custom_vjp=False)
+@pytest.mark.parametrize(("name", "variant"), RUNS)
+def test_every_transformation_gives_the_values_of_plain_jax_numpy(name, variant):
+    norm, plain, tolerance = VARIANTS[variant]
+    expected = run(name, plain)
+    for options in ways(name, variant):
+        reason = REFUSED.get((options.get("implementation"), name))
+        transformed = functools.partial(run, name, functools.partial(norm, **options))
+        if reason is None:
+            assert_same(transformed(), expected, tolerance)
+        else:  # what is named runs or raises
+            with pytest.raises(NotImplementedError, match=reason):
+                transformed()
 
 
 @pytest.mark.parametrize("name", OP_BY_OP)
-def test_reverse_mode_works_op_by_op(name):
-    assert_same("layer norm", name, run=lambda name, norm: CASES[name](norm))
-
-
-def test_forward_mode_of_a_shard_map_works_op_by_op():
-    assert_same(
-        "layer norm",
-        "jvp_of_shard_map",
-        run=lambda name, norm: CASES[name](norm),
-        custom_vjp=False,
-    )
+def test_it_gives_the_same_op_by_op(name):
+    norm = functools.partial(layer_norm, custom_vjp=name not in FORWARD_MODE)
+    assert_same(CASES[name](norm), run(name, plain_layer_norm), 1e-9)
 
 
 @pytest.mark.parametrize("name", sorted(FORWARD_MODE))
