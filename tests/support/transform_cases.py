@@ -14,6 +14,7 @@ Transformations of programs (control flow, remat, export, sharding) are in
 import jax
 import jax.numpy as jnp
 import numpy as np
+import quick
 from jax import lax
 from jax.experimental.jet import jet
 
@@ -41,7 +42,9 @@ def outside_jit(function):
 
 def run(name, norm):
     function = CASES[name]
-    return function(norm) if name in OUTSIDE_JIT else jax.jit(lambda: function(norm))()
+    return (
+        function(norm) if name in OUTSIDE_JIT else quick.jit(lambda: function(norm))()
+    )
 
 
 def draw(*shape, seed):

@@ -141,9 +141,10 @@ def assert_same(actual, expected, tolerance):
 def ways(name, variant):
     """Options under which a case must give the same."""
     if variant == FOR_KERNELS:
+        kernels = [each for each in implementations.NAMES if each != "xla"]
         return [
             {"implementation": each}
-            for each in implementations.NAMES
+            for each in kernels
             if implementations.missing(each) is None
         ]
     by_xla = [{"implementation": "xla"}] if name in REVERSE_MODE else []
@@ -153,8 +154,11 @@ def ways(name, variant):
 @pytest.mark.parametrize(("name", "variant"), RUNS)
 def test_every_transformation_gives_the_values_of_plain_jax_numpy(name, variant):
     norm, plain, tolerance = VARIANTS[variant]
+    options_of_ways = ways(name, variant)
+    if not options_of_ways:
+        pytest.skip("no hand-written kernel can run here")
     expected = run(name, plain)
-    for options in ways(name, variant):
+    for options in options_of_ways:
         reason = REFUSED.get((options.get("implementation"), name))
         transformed = functools.partial(run, name, functools.partial(norm, **options))
         if reason is None:
