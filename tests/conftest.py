@@ -1,5 +1,6 @@
 """Settings of the whole test run."""
 
+import gc
 import importlib
 import sys
 import typing
@@ -12,6 +13,7 @@ import pytest
 import jax_layernorm
 
 jax.config.update("jax_num_cpu_devices", 8)
+gc.set_threshold(50_000, 50, 100)  # tracing makes many objects, and little garbage
 
 # The equations name their shapes under TYPE_CHECKING, since jaxtyping is no runtime
 # dependency. Here they are loaded a second time, in place, with annotations that are
@@ -50,6 +52,13 @@ def strict_promotion():
 def x64():
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(autouse=True)
+def _compile_flax_quickly(request):
+    """What is compared with Flax does not depend on how well XLA optimizes."""
+    if request.path.parent.name == "flax":
+        request.getfixturevalue("quick_compilation")
 
 
 @pytest.fixture

@@ -29,6 +29,7 @@ from flax_cases import (
     draw_params,
     dtypes,
     for_all,
+    for_both,
     forward_and_gradients,
 )
 
@@ -55,10 +56,12 @@ def test_result_dtype_is_flaxs_for_every_combination(api, name, use_scale, x64):
 
 @pytest.mark.parametrize(("param_dtype", "dtype"), PARAMS_AND_RESULTS)
 @pytest.mark.parametrize("x_dtype", FLOATS)
-@for_all
+@for_both
 def test_values_and_gradients_are_right_and_flaxs(
-    api, name, x_dtype, param_dtype, dtype, x64
+    name, x_dtype, param_dtype, dtype, x64
 ):
+    case = FLOATS.index(x_dtype) + PARAMS_AND_RESULTS.index((param_dtype, dtype))
+    api = [*APIS][(case + (name == "RMSNorm")) % 2]  # of each pair, the other one
     x, params = draw(0, *SHAPE, dtype=x_dtype), draw_params(name, param_dtype)
     ours, flaxs = as_functions(api, name, dtype=dtype, param_dtype=param_dtype)
     got, dy = forward_and_gradients(ours, params, x)

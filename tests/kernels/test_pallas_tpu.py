@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-import quick
 from jax import export, lax
 
 import jax_layernorm as jln
@@ -84,7 +83,7 @@ def value_and_gradients(function, params, x, dy, **options):
         y, pullback = jax.vjp(norm, params, x)
         return y, *pullback(dy)
 
-    return quick.jit(run)(params, x, dy)
+    return jax.jit(run)(params, x, dy)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +144,7 @@ def test_residual_is_added_in_both_passes(features, dtype, interpreted):
     params, x, _, dy, _ = draw((50, features), dtype=dtype)
     *_, residual, _, dtotal = draw((50, features), seed=1)
 
-    @quick.jit
+    @jax.jit
     def run(params, x, residual, dy, dtotal):
         norm = functools.partial(jln.add_layer_norm, implementation="pallas_tpu")
         out, pullback = jax.vjp(norm, params, x, residual)
@@ -167,7 +166,7 @@ def test_statistics_are_right(features, rows, dtype, interpreted):
     run = functools.partial(
         jln.layer_norm, return_statistics=True, implementation="pallas_tpu"
     )
-    _, (mean, rstd) = quick.jit(run)(params, x)
+    _, (mean, rstd) = jax.jit(run)(params, x)
     assert interpreted.ran == ["forward"]
     expected = oracle.norm(x)
     assert mean.dtype == rstd.dtype == jnp.float32
