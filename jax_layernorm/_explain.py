@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jax_layernorm import _functions, _kernels
+from jax_layernorm import _equations, _functions, _kernels
 from jax_layernorm._kernel_op import PLATFORMS
 
 COMMON = {  # shapes that people norm
@@ -95,26 +95,26 @@ def explain(
         return pullback(out)
 
     arguments = (params, x) if residual is None else (params, x, residual)
-    with _kernels.record_decisions() as record:
+    with _kernels.record_decisions() as while_traced:
         traced = jax.jit(both_passes).trace(*arguments)
+    text = str(traced.jaxpr)
+    has_ops = _equations.FORWARD in text or _equations.BACKWARD in text
     choices = {}
     for platform in PLATFORMS:
-        decisions = record.decisions
-        if record.left_to_lowering:
-            decisions = decisions + _decided_at_lowering(traced, platform)
-        choices[platform] = _choice(decisions)
+        while_lowered = _decided_at_lowering(traced, platform) if has_ops else []
+        choices[platform] = _choice(while_traced + while_lowered)
     return Explanation(choices)
 
 
 def _decided_at_lowering(traced: Any, platform: str) -> list[_kernels.Decision]:
-    with _kernels.record_decisions() as record:
+    with _kernels.record_decisions() as decisions:
         try:
             traced.lower(lowering_platforms=(platform,))
         except NotImplementedError:
             # What no implementation can do raises too, and is not ours to explain.
-            if not record.decisions or record.decisions[-1].chosen is not None:
+            if not decisions or decisions[-1].chosen is not None:
                 raise
-    return record.decisions
+    return decisions
 
 
 def _choice(decisions: list[_kernels.Decision]) -> Choice:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_layernorm import _arguments
+from jax_layernorm import _arguments, _kernels
 from jax_layernorm._arguments import Implementation
 from jax_layernorm._equations import NormSpec
 from jax_layernorm._normalize import normalize
@@ -355,7 +355,9 @@ def _norm(
         ),
     )
     mask = _arguments.check_mask(given["mask"], x)
-    out = normalize(spec, x, residual, scale, bias, mask, custom_vjp=custom_vjp)
+    operands = (x, residual, scale, bias, mask)
+    record = _kernels.current_record()
+    out = normalize(spec, *operands, custom_vjp=custom_vjp, record=record)
     wanted = tuple(part for part in out if part is not None)
     return wanted if len(wanted) > 1 else out.y
 

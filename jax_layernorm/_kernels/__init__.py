@@ -12,10 +12,9 @@ reports what these recorded.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
-
-import jax
 
 from jax_layernorm import _equations
 from jax_layernorm._equations import NormSpec
@@ -76,35 +75,35 @@ class Decision(NamedTuple):
 
 
 class Record:
-    """What was decided in a block; hashed by identity, as JAX's caches need it.
-
-    Attributes:
-      decisions: in their order.
-      left_to_lowering: a kernel op was traced, about which its lowering decides.
-    """
+    """Decisions, in their order; hashed by identity, to be part of a cache's key."""
 
     def __init__(self) -> None:
         self.decisions: list[Decision] = []
-        self.left_to_lowering = False
 
 
-_recording = jax.make_user_context(None)
+_record: contextvars.ContextVar[Record | None] = contextvars.ContextVar(
+    "record", default=None
+)
+
+
+def current_record() -> Record | None:
+    """What the decisions of this thread are recorded in, if they are."""
+    return _record.get()
 
 
 @contextlib.contextmanager
-def record_decisions() -> Iterator[Record]:
-    """Records the decisions about what is traced or lowered in the block, in this thread.
-
-    The block is part of the key of JAX's caches, so that whatever was traced or lowered
-    before is decided again.
-    """
+def record_decisions() -> Iterator[list[Decision]]:
+    """Records what is decided while the block traces or lowers, in this thread."""
     record = Record()
-    with _recording(record):
-        yield record
+    token = _record.set(record)
+    try:
+        yield record.decisions
+    finally:
+        _record.reset(token)
 
 
 def _decide(chosen: str | None, reasons: dict[str, str]) -> None:
-    record: Record | None = _recording.value
+    record = current_record()
     if record is not None:
         record.decisions.append(Decision(chosen, reasons))
 
@@ -158,9 +157,6 @@ def check(problem: Problem) -> None:
     Raises:
       NotImplementedError: with the implementation's reason.
     """
-    record: Record | None = _recording.value
-    if record is not None:
-        record.left_to_lowering = True
     name = problem.static["spec"].implementation
     if name is None:
         return
