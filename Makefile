@@ -8,7 +8,7 @@ ARGS ?=
 BIN = $(VENV)/bin
 WORKERS ?= auto
 
-.PHONY: help train embed test compiled lint types notebooks notebooks-build wheel native manylinux clean
+.PHONY: help train embed test mutants compiled lint types notebooks notebooks-build wheel native manylinux clean
 
 help:
 	@echo "make train      train the decoder-only transformer into OUT=$(OUT), or go on with it"
@@ -16,6 +16,7 @@ help:
 	@echo "make embed      embed sentences with MiniLM and print how similar they are"
 	@echo "                (your own: make embed ARGS='\"A cat sleeps.\" \"The kitten naps.\"')"
 	@echo "make test       run the tests"
+	@echo "make mutants    make small slips in the core and count those that the tests notice"
 	@echo "make compiled   compile for TPUs and CUDA, without one, and count bytes"
 	@echo "make lint       ruff and pyrefly"
 	@echo "make notebooks  run the notebooks and compare each with its .py;"
@@ -60,6 +61,9 @@ embed: $(VENV)/.encoder $(VENV)/.minilm
 
 test: $(VENV)/.test $(VENV)/.minilm
 	$(BIN)/pytest -n $(WORKERS) $(ARGS)
+
+mutants: $(VENV)/.test $(VENV)/.mutants
+	$(BIN)/python tests/mutants.py $(ARGS)
 
 # In an environment of its own: where libtpu is installed, JAX looks for a TPU.
 compiled:

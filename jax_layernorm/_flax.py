@@ -74,8 +74,8 @@ def apply_norm(
     if residual is None:
         return norm(params, _as_wide_as(dtype, x), **options)
     if dtype == jnp.float64:
-        total = _arguments.check_residual(residual, x) + x
-        return norm(params, _as_wide_as(dtype, total), **options), total
+        residual_out = _arguments.check_residual(residual, x) + x
+        return norm(params, _as_wide_as(dtype, residual_out), **options), residual_out
     add_norm = _functions.add_layer_norm if center else _functions.add_rms_norm
     return add_norm(params, x, residual, **options)
 

@@ -55,8 +55,8 @@ def other(
     def add(
         params: Params, x: jax.Array, residual: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        total = residual + x
-        return norm(params, total), total
+        residual_out = residual + x
+        return norm(params, residual_out), residual_out
 
     return Peer(norm, add, module, linen)
 

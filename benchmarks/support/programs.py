@@ -4,7 +4,7 @@ inference  the forward pass alone: `(params, x) -> y`
 forward    the forward pass under differentiation: what it saves is an output too
 backward   `(what forward saved, dy) -> dparams, dx`
 joint      forward and backward in one jit: `(params, x, dy) -> y, dx, dscale, dbias`
-add        the norm of a residual sum: `(params, x, residual) -> y, total`
+add        the norm of a residual sum: `(params, x, residual) -> y, residual_out`
 add joint  the same and its gradients in one jit
 add backward
            the backward pass of add alone, as in backward
@@ -34,9 +34,9 @@ FLOOR_ARRAYS: dict[str, int | None] = {
     "forward": 2,
     "backward": 3,  # x, dy; dx
     "joint": 5,  # the two passes one after the other: x, y; x, dy, dx
-    "add": 4,  # x, residual; y, total
+    "add": 4,  # x, residual; y, residual_out
     "add forward": 4,  # of `tpu_passes`
-    "add backward": 4,  # total, dy, dtotal; dx, which is the residual's gradient too
+    "add backward": 4,  # residual_out, dy, dresidual_out; dx is the residual's gradient too
     "add joint": 8,
     "block": None,  # bound by products
     "layers": None,

@@ -23,9 +23,9 @@ def programs(params: Any, x: jax.Array, dy: jax.Array) -> dict[str, Callable[[],
     other = _tensor(dy)
     fixed = other.detach()
 
-    def norm(total: torch.Tensor) -> torch.Tensor:
-        shape = total.shape[-1:]
-        return torch.nn.functional.layer_norm(total, shape, *given[1:], EPSILON)
+    def norm(residual_out: torch.Tensor) -> torch.Tensor:
+        shape = residual_out.shape[-1:]
+        return torch.nn.functional.layer_norm(residual_out, shape, *given[1:], EPSILON)
 
     def inference() -> Any:
         with torch.no_grad():
@@ -37,14 +37,18 @@ def programs(params: Any, x: jax.Array, dy: jax.Array) -> dict[str, Callable[[],
 
     def add() -> Any:
         with torch.no_grad():
-            total = other + given[0]
-            return norm(total), total
+            residual_out = other + given[0]
+            return norm(residual_out), residual_out
 
     def add_joint() -> Any:
-        total = other + given[0]
-        y = norm(total)
+        residual_out = other + given[0]
+        y = norm(residual_out)
         cotangents = (fixed, given[0].detach())
-        return y, total, torch.autograd.grad((y, total), (*given, other), cotangents)
+        return (
+            y,
+            residual_out,
+            torch.autograd.grad((y, residual_out), (*given, other), cotangents),
+        )
 
     return {"inference": inference, "joint": joint, "add": add, "add joint": add_joint}
 

@@ -47,9 +47,11 @@ def test_every_norm_has_its_residual_sum(name):
     if reason is not None:
         pytest.skip(reason)
     params, x, residual = errors.inputs(SHAPE, 0.0, jnp.dtype("float32"), 0)
-    y, total = jax.jit(peers.NORMS[name].add)(params, x, residual)
-    np.testing.assert_array_equal(total, np.add(residual, x))
-    right = oracle.norm(total, params["scale"], params["bias"], epsilon=peers.EPSILON)
+    y, residual_out = jax.jit(peers.NORMS[name].add)(params, x, residual)
+    np.testing.assert_array_equal(residual_out, np.add(residual, x))
+    right = oracle.norm(
+        residual_out, params["scale"], params["bias"], epsilon=peers.EPSILON
+    )
     np.testing.assert_allclose(y, right.y, rtol=0, atol=2e-5)
 
 

@@ -107,11 +107,11 @@ def test_gradients_flow_through_the_statistics(function, custom_vjp):
     weights = [draw(4, n, dtype="float64", seed=3 + n) for n in (16, 16, 1, 2)]
 
     def loss(params, *arrays):
-        y, *total, (mean, rstd) = function(
+        y, *residual_out, (mean, rstd) = function(
             params, *arrays, return_statistics=True, custom_vjp=custom_vjp
         )
-        outputs = [y, *total, mean, jnp.concatenate([rstd, rstd**2], axis=1)]
-        weighted = [weights[0], *weights[1 : 1 + len(total)], *weights[2:]]
+        outputs = [y, *residual_out, mean, jnp.concatenate([rstd, rstd**2], axis=1)]
+        weighted = [weights[0], *weights[1 : 1 + len(residual_out)], *weights[2:]]
         return sum(
             jnp.sum(w * jnp.sin(a)) for w, a in zip(weighted, outputs, strict=True)
         )
@@ -146,12 +146,12 @@ def test_rms_norm_has_no_mean():
 def test_an_added_norm_is_the_norm_of_the_stored_sum(add_norm, dtype, stream_dtype):
     x, stream = draw(32, 64, dtype=dtype), draw(32, 64, dtype=stream_dtype, seed=1)
     params = {"scale": draw(64, seed=2), "bias": draw(64, seed=3)}
-    y, total = jax.jit(add_norm)(params, x, stream)
+    y, residual_out = jax.jit(add_norm)(params, x, stream)
     with jax.numpy_dtype_promotion("standard"):
-        np.testing.assert_array_equal(total, stream + x)
-        assert total.dtype == (stream + x).dtype
+        np.testing.assert_array_equal(residual_out, stream + x)
+        assert residual_out.dtype == (stream + x).dtype
     assert y.dtype == x.dtype
-    np.testing.assert_array_equal(y, ADDS[add_norm](params, total, dtype=dtype))
+    np.testing.assert_array_equal(y, ADDS[add_norm](params, residual_out, dtype=dtype))
 
 
 @pytest.mark.parametrize("stream_dtype", DTYPES)
@@ -162,23 +162,23 @@ def test_an_added_norm_has_the_gradients_of_its_two_steps(
 ):
     x, stream = draw(32, 64, dtype=dtype), draw(32, 64, dtype=stream_dtype, seed=1)
     params = {"scale": draw(64, seed=2), "bias": draw(64, seed=3)}
-    (y, total), vjp = jax.vjp(add_norm, params, x, stream)
+    (y, residual_out), vjp = jax.vjp(add_norm, params, x, stream)
     dy = draw(32, 64, seed=4, dtype=y.dtype)
-    dtotal = draw(32, 64, seed=5, dtype=total.dtype)
-    dparams, dx, dstream = vjp((dy, dtotal))
+    dresidual_out = draw(32, 64, seed=5, dtype=residual_out.dtype)
+    dparams, dx, dstream = vjp((dy, dresidual_out))
     expected = oracle.norm(
-        total,
+        residual_out,
         params["scale"],
         params["bias"],
         dy,
         center=add_norm is jln.add_layer_norm,
     )
-    both = expected.dx + np.asarray(dtotal, np.float64)
-    size = expected.dx_size + np.abs(np.asarray(dtotal, np.float64)).max()
+    both = expected.dx + np.asarray(dresidual_out, np.float64)
+    size = expected.dx_size + np.abs(np.asarray(dresidual_out, np.float64)).max()
     for gradient, like in ((dx, x), (dstream, stream)):
         assert gradient.dtype == like.dtype
         # rounded first to the dtype of the sum, then to that of the summand
-        coarse = both.astype(total.dtype)
+        coarse = both.astype(residual_out.dtype)
         oracle.assert_close(gradient, np.asarray(coarse, np.float64), against=2 * size)
     oracle.assert_close(dparams["scale"], expected.dscale, summed=32)
     oracle.assert_close(dparams["bias"], expected.dbias, summed=32)
@@ -269,6 +269,10 @@ def test_numpy_arrays_and_other_mappings_are_taken():
     params = {"scale": np.full(8, 2, np.float32), "bias": None}
     y = jln.layer_norm(MappingProxyType(params), x)
     np.testing.assert_array_equal(y, jln.layer_norm({"scale": jnp.full(8, 2.0)}, x))
+
+
+def test_a_length_of_0_gives_empty_parameters():
+    assert jln.init_params((3, 0), bias=False)["scale"].shape == (3, 0)
 
 
 def test_init_params_makes_the_tree_that_flax_stores():

@@ -217,7 +217,7 @@ class Problem(NamedTuple):
     arrays: tuple[np.ndarray, ...]  # x, residual
     mask: np.ndarray | None
     dy: np.ndarray
-    dtotal: np.ndarray | None
+    dresidual_out: np.ndarray | None
     statistics: jln.Statistics | None  # dmean, drstd
 
     @property
@@ -242,7 +242,7 @@ class Problem(NamedTuple):
 
 class Result(NamedTuple):
     y: np.ndarray
-    total: np.ndarray | None
+    residual_out: np.ndarray | None
     statistics: jln.Statistics | None
     dparams: dict[str, np.ndarray]
     darrays: tuple[np.ndarray, ...]
@@ -258,10 +258,10 @@ def call(signature, problem, implementation=None):
         except NotImplementedError as reason:  # of what was asked for by name alone
             pytest.skip(str(reason))
     y, *rest = out
-    total = rest.pop(0) if signature.adds else None
+    residual_out = rest.pop(0) if signature.adds else None
     statistics = rest.pop() if signature.return_statistics else None
     assert not rest
-    return Result(y, total, statistics, dparams, darrays)
+    return Result(y, residual_out, statistics, dparams, darrays)
 
 
 def expected_of(signature, problem):
@@ -324,8 +324,10 @@ def make(signature, *, seed, offset, spread, density):
     mask = None if mask_shape is None else rng.random(mask_shape) < density
 
     dy = normal(shape, jnp.dtype(signature.dtype or signature.x))
-    dtotal = normal(shape, signature.normalized_dtype) if signature.adds else None
-    problem = Problem(params, arrays, mask, dy, dtotal, None)
+    dresidual_out = (
+        normal(shape, signature.normalized_dtype) if signature.adds else None
+    )
+    problem = Problem(params, arrays, mask, dy, dresidual_out, None)
     if signature.return_statistics:
         rstd = expected_of(signature, problem).rstd
         compute = np.float64 if summed(signature, arrays).dtype == "f8" else np.float32
@@ -376,9 +378,9 @@ def test_values_and_gradients_are_those_of_float64(
         close(rstd, expected.rstd, against=expected.rstd)
     dx, size = expected.dx, expected.dx_size
     if signature.adds:
-        assert_same(result.total, normalized)
-        dtotal = problem.dtotal.astype(expected.dx.dtype)
-        dx, size = dx + dtotal, size + np.abs(dtotal)
+        assert_same(result.residual_out, normalized)
+        dresidual_out = problem.dresidual_out.astype(expected.dx.dtype)
+        dx, size = dx + dresidual_out, size + np.abs(dresidual_out)
     for gradient, like in zip(result.darrays, problem.arrays, strict=True):
         assert gradient.dtype == like.dtype
         close(gradient, dx, against=size)
@@ -399,7 +401,7 @@ def test_masked_elements_reach_no_output_statistic_or_gradient(
     one, other = (call(signature, problem.hiding(value)) for value in values)
     if signature.adds:
         one, other = (
-            result._replace(total=np.where(problem.kept, result.total, 0))
+            result._replace(residual_out=np.where(problem.kept, result.residual_out, 0))
             for result in (one, other)
         )
     jax.tree.map(assert_same, one, other)
@@ -414,10 +416,10 @@ def test_masked_elements_reach_no_output_statistic_or_gradient(
 def test_the_sum_and_its_gradient_pass_the_mask(signature, hidden, **rows):
     problem = make(signature, **rows).hiding(hidden)
     result, out = call(signature, problem), ~problem.kept
-    total = summed(signature, problem.arrays)
-    assert_same(result.total[out], total[out])
+    residual_out = summed(signature, problem.arrays)
+    assert_same(result.residual_out[out], residual_out[out])
     for gradient in result.darrays:
-        passed = problem.dtotal.astype(gradient.dtype)
+        passed = problem.dresidual_out.astype(gradient.dtype)
         assert_same(gradient[out], passed[out])
 
 
@@ -429,7 +431,9 @@ def make_exact(signature, seed):
         rng.integers(-50, 50, a.shape).astype(np.float32) for a in problem.arrays
     )
     problem = problem._replace(arrays=whole)
-    return problem._replace(dtotal=None if len(whole) == 1 else 0 * problem.dtotal)
+    return problem._replace(
+        dresidual_out=None if len(whole) == 1 else 0 * problem.dresidual_out
+    )
 
 
 @over(EXACT)

@@ -199,17 +199,20 @@ def test_residual_gives_the_norm_of_the_very_sum_it_returns(
 ):
     norm, params = as_function(APIS[api][0], name, dtype=dtype), draw_params(name)
     x, residual = draw(0, *SHAPE, dtype=x_dtype), draw(5, *SHAPE, dtype=residual_dtype)
-    (y, total), vjp = jax.vjp(
+    (y, residual_out), vjp = jax.vjp(
         jax.jit(lambda p, x, r: norm(p, x, residual=r)), params, x, residual
     )
-    assert_equal(total, residual + x)
+    assert_equal(residual_out, residual + x)
     assert y.dtype == norm(params, x).dtype
-    dy, dtotal = draw(6, *SHAPE, dtype=y.dtype), draw(7, *SHAPE, dtype=total.dtype)
-    grads, dx, dresidual = vjp((dy, dtotal))
-    expected = oracle.norm(total, **params, dy=dy, center=name == "LayerNorm")
+    dy, dresidual_out = (
+        draw(6, *SHAPE, dtype=y.dtype),
+        draw(7, *SHAPE, dtype=residual_out.dtype),
+    )
+    grads, dx, dresidual = vjp((dy, dresidual_out))
+    expected = oracle.norm(residual_out, **params, dy=dy, center=name == "LayerNorm")
     oracle.assert_close(y, expected.y)
     assert dtypes((dx, dresidual)) == dtypes((x, residual))
-    want = expected.dx + np.asarray(dtotal, np.float64)
+    want = expected.dx + np.asarray(dresidual_out, np.float64)
     for gradient in (dx, dresidual):
         size = expected.dx_size + np.abs(want).max()
         oracle.assert_close(gradient, want, against=size)

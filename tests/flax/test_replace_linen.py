@@ -190,6 +190,21 @@ def test_works_as_a_decorator():
     assert count_ops(jln.linen.replace()(norm.apply), variables, X) == (1, 0)
 
 
+def test_the_implementation_may_be_named():
+    norm = nn.LayerNorm()
+    variables = norm.init(jax.random.key(0), X)
+    want = norm.apply(variables, X)
+    with jln.linen.replace(implementation="xla"):
+        assert_close(norm.apply(variables, X), want)
+    with jln.linen.replace(implementation="pallas_tpu"):
+        with pytest.raises(NotImplementedError, match="it supports TPUs only"):
+            norm.apply(variables, X)
+        with jln.linen.replace():  # the innermost block's arguments hold
+            assert_close(norm.apply(variables, X), want)
+    with pytest.raises(ValueError, match="implementation must be None or one of"):
+        jln.linen.replace(implementation="fast").__enter__()
+
+
 def test_custom_vjp_is_a_flag():
     with pytest.raises(TypeError, match="custom_vjp must be True or False; got 1"):
         jln.linen.replace(custom_vjp=1).__enter__()

@@ -306,6 +306,20 @@ def test_what_holds_no_module_is_a_type_error():
                 function(wrong)
 
 
+def test_the_implementation_may_be_named_and_changed():
+    model = nnx.Sequential(norm(), jln.nnx.LayerNorm(FEATURES, rngs=nnx.Rngs(0)))
+    want = model(X)
+    assert_close(jln.nnx.replace(model, implementation="xla")(X), want)
+    assert model.layers[0].implementation == "xla"
+    assert model.layers[1].implementation is None  # what the user built stays as it is
+    jln.nnx.replace(model, implementation="pallas_tpu")
+    with pytest.raises(NotImplementedError, match="it supports TPUs only"):
+        model(X)
+    assert_close(jln.nnx.replace(model)(X), want)
+    with pytest.raises(ValueError, match="implementation must be None or one of"):
+        jln.nnx.replace(model, implementation="fast")
+
+
 def test_custom_vjp_is_a_flag():
     with pytest.raises(TypeError, match="custom_vjp must be True or False; got 1"):
         jln.nnx.replace(norm(), custom_vjp=1)

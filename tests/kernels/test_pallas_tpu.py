@@ -67,9 +67,9 @@ def interpreted(monkeypatch, quick_compilation):
 
 def draw(shape, *, offset=0.0, dtype="float32", seed=0):
     rng = np.random.default_rng(seed)
-    x, residual, dy, dtotal = rng.normal(size=(4, *shape))
+    x, residual, dy, dresidual_out = rng.normal(size=(4, *shape))
     scale, bias = rng.normal(size=(2, shape[-1])) + [[1], [0]]
-    whole = (jnp.asarray(a, dtype) for a in (x + offset, residual, dy, dtotal))
+    whole = (jnp.asarray(a, dtype) for a in (x + offset, residual, dy, dresidual_out))
     params = {
         "scale": jnp.asarray(scale, "float32"),
         "bias": jnp.asarray(bias, "float32"),
@@ -142,18 +142,22 @@ def test_scale_offset_dtype_and_missing_parameters_count(interpreted):
 def test_residual_is_added_in_both_passes(features, dtype, interpreted):
     """A float32 stream to which a `dtype` branch is added."""
     params, x, _, dy, _ = draw((50, features), dtype=dtype)
-    *_, residual, _, dtotal = draw((50, features), seed=1)
+    *_, residual, _, dresidual_out = draw((50, features), seed=1)
 
     @jax.jit
-    def run(params, x, residual, dy, dtotal):
+    def run(params, x, residual, dy, dresidual_out):
         norm = functools.partial(jln.add_layer_norm, implementation="pallas_tpu")
         out, pullback = jax.vjp(norm, params, x, residual)
-        return *out, *pullback((dy, dtotal))
+        return *out, *pullback((dy, dresidual_out))
 
-    y, total, dparams, dx, dresidual = run(params, x, residual, dy, dtotal)
+    y, residual_out, dparams, dx, dresidual = run(
+        params, x, residual, dy, dresidual_out
+    )
     assert interpreted.ran == ["forward", "backward"]
-    np.testing.assert_array_equal(total, residual + x.astype("float32"))
-    oracle.assert_right((y, dparams, dresidual), params, total, dy, dtotal)
+    np.testing.assert_array_equal(residual_out, residual + x.astype("float32"))
+    oracle.assert_right(
+        (y, dparams, dresidual), params, residual_out, dy, dresidual_out
+    )
     np.testing.assert_array_equal(dx, dresidual.astype(dtype))
 
 

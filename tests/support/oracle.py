@@ -151,15 +151,15 @@ def assert_close(actual, expected, *, summed=1, against=None, computed_in=None):
     assert np.max(excess, initial=0) <= 1, f"{np.max(excess):.3g} times the tolerance"
 
 
-def assert_right(out, params, x, dy, dtotal=None, **options):
+def assert_right(out, params, x, dy, dresidual_out=None, **options):
     """`out` is `y`, the parameters' gradients and `dx`, computed in float32."""
     y, dparams, dx = out
     expected = norm(x, params.get("scale"), params.get("bias"), dy, **options)
     assert y.dtype == dy.dtype and dx.dtype == x.dtype
     assert_close(y, expected.y, against=expected.y_size, computed_in="float32")
     right, size = expected.dx, expected.dx_size
-    if dtotal is not None:
-        right = right + np.asarray(dtotal, np.float64)
+    if dresidual_out is not None:
+        right = right + np.asarray(dresidual_out, np.float64)
         size = size + np.max(np.abs(right), -1, keepdims=True)
     assert_close(dx, right, against=size)
     rows = x.size // x.shape[-1]

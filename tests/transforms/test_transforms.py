@@ -52,7 +52,7 @@ def all_together(params, x, **options):
     """An added norm over two axes in another order, masked, with its statistics."""
     shape = x.shape[-2:]
     params = jax.tree.map(lambda p: jnp.broadcast_to(p, shape).T, params)
-    y, total, (mean, rstd) = jln.add_layer_norm(
+    y, residual_out, (mean, rstd) = jln.add_layer_norm(
         params,
         x,
         jnp.sin(x),
@@ -61,13 +61,13 @@ def all_together(params, x, **options):
         return_statistics=True,
         **options,
     )
-    return y * jnp.cos(mean) + rstd * total
+    return y * jnp.cos(mean) + rstd * residual_out
 
 
 def plain_all_together(params, x):
-    total = jnp.sin(x) + x
-    y, mean, rstd = plain_norm(params, total, axes=(-2, -1), mask=MASK)
-    return y * jnp.cos(mean) + rstd * total
+    residual_out = jnp.sin(x) + x
+    y, mean, rstd = plain_norm(params, residual_out, axes=(-2, -1), mask=MASK)
+    return y * jnp.cos(mean) + rstd * residual_out
 
 
 def adaptive_bfloat16(params, x, **options):
@@ -83,16 +83,16 @@ def plain_adaptive_bfloat16(params, x):
 
 def added_with_statistics(params, x, **options):
     """All that a kernel reads and returns."""
-    y, total, (mean, rstd) = jln.add_layer_norm(
+    y, residual_out, (mean, rstd) = jln.add_layer_norm(
         params, x, jnp.sin(x), return_statistics=True, **options
     )
-    return y * jnp.cos(mean) + rstd * total
+    return y * jnp.cos(mean) + rstd * residual_out
 
 
 def plain_added_with_statistics(params, x):
-    total = jnp.sin(x) + x
-    y, mean, rstd = plain_norm(params, total)
-    return y * jnp.cos(mean) + rstd * total
+    residual_out = jnp.sin(x) + x
+    y, mean, rstd = plain_norm(params, residual_out)
+    return y * jnp.cos(mean) + rstd * residual_out
 
 
 VARIANTS = {

@@ -1,0 +1,94 @@
+"""`python -m jax_layernorm check`: right, wrong, and what it prints; on the CPU here."""
+
+import jax
+import numpy as np
+import pytest
+
+from jax_layernorm import _check, _kernels
+from jax_layernorm.__main__ import main
+
+TINY = ["check", "--shapes", "24x128", "--dtypes", "float32"]
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(_check, "SECONDS", 0)
+
+
+def implementations_in(printed):
+    lines = (line.split() for line in printed.split("\n"))
+    return {line[3] for line in lines if line[:2] == ["24x128", "float32"]}
+
+
+def test_it_compares_and_times_every_implementation_that_runs_here(capsys):
+    assert main(TINY) == 0
+    printed = capsys.readouterr().out
+    here = {
+        name for name, kernel in _kernels.KERNELS.items() if "cpu" in kernel.platforms
+    }
+    left_out = {name for name in here if f"{name} was left out" in printed}
+    assert implementations_in(printed) == (here - left_out) | {"Flax"}
+    for norm in _check.NORMS:
+        assert printed.count(f" {norm} ") == len(here - left_out) + 1
+    assert f"jax {jax.__version__}" in printed
+    assert "WRONG" not in printed
+    assert printed.strip().split("\n")[-1].startswith("Use the default")
+
+
+@pytest.mark.usefixtures("marking_kernel")
+def test_a_wrong_implementation_is_named_and_the_exit_code_is_1(monkeypatch, capsys):
+    monkeypatch.setattr("marking_kernel.MarkingKernel.require_support", lambda *_: None)
+    assert main(TINY) == 1
+    printed = capsys.readouterr().out
+    wrong = [line for line in printed.split("\n") if line.endswith("WRONG")]
+    assert len(wrong) == len(_check.NORMS)
+    assert all("marking" in line for line in wrong)
+    assert "Wrong: marking, in 4 cases" in printed
+
+
+@pytest.mark.usefixtures("marking_kernel")
+def test_an_implementation_that_cannot_run_is_left_out_with_its_reason(capsys):
+    assert main(TINY) == 0
+    assert "marking was left out of some: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("norm", _check.NORMS)
+def test_nan_is_wrong(norm):
+    problem = _check.draw(norm, (4, 8), "float32")
+    out = jax.device_get(_check.program(_check.NORMS[norm])(*problem[1:]))
+    right = _check.errors_of(out, problem)
+    assert not right.too_large(rows=4)
+    (y, normalized), dparams, dx = jax.tree.map(np.array, out)
+    name = [*dparams][-1]
+    for array in (y, dx, dparams[name]):
+        kept, array[..., 0] = array[..., 0].copy(), np.nan
+        assert _check.errors_of(((y, normalized), dparams, dx), problem).too_large(4)
+        array[..., 0] = kept
+
+
+@pytest.mark.parametrize(
+    ("seconds", "says"),
+    (
+        (
+            {"xla": 2.0, "native_cpu": 1.0},
+            "native_cpu is right in all 1 cases, and 2.00",
+        ),
+        ({"xla": 1.0, "native_cpu": 2.0}, "native_cpu takes 2.00 times as long"),
+        ({"xla": 1.0}, "XLA's implementation is the only one that runs here"),
+    ),
+)
+def test_the_verdict_goes_by_the_time_beside_xla(seconds, says):
+    errors = _check.Errors(0.0, 0.0, 0.0)
+    rows = [
+        _check.Row((8, 128), "float32", "layer_norm", name, errors, time, 1.0)
+        for name, time in seconds.items()
+    ]
+    assert says in _check.verdict([rows])
+
+
+@pytest.mark.parametrize("arguments", (["nothing"], ["check", "--shapes", "768"]))
+def test_bad_arguments_end_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "error: " in capsys.readouterr().err
