@@ -17,15 +17,16 @@ import argparse
 import ast
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import difflib
 import json
+import multiprocessing
 import os
 import pathlib
 import queue
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -38,19 +39,20 @@ from cosmic_ray.operators.operator import Operator
 
 ROOT = pathlib.Path(__file__).parents[1]
 CORE = "core/test_properties core/test_guards core/test_functions"
+MIXED = "transforms/test_sharding_mixed"
 SHARDED = "transforms/test_sharding_mixed transforms/test_sharding"
 TESTS = {  # of each file, the quickest and most telling first
-    "_equations.py": f"{CORE} core/test_saved core/test_accuracy core/test_edges {SHARDED}",
-    "_normalize.py": f"{CORE} core/test_saved {SHARDED} transforms/test_transforms",
+    "_equations.py": f"{CORE} core/test_saved core/test_edges {MIXED}",
+    "_normalize.py": f"{CORE} core/test_saved {MIXED} transforms/test_transforms",
     "_batching.py": "transforms/test_kernel_op transforms/test_transforms",
     "_sharding.py": f"{SHARDED} transforms/test_kernel_op",
-    "_kernel_op.py": f"transforms/test_kernel_op {SHARDED} transforms/test_transforms",
+    "_kernel_op.py": f"transforms/test_kernel_op {MIXED} transforms/test_transforms",
     "_kernels/__init__.py": "core/test_explain transforms/test_kernel_op "
     "core/test_explain_placements",
     "_kernels/xla.py": f"core/test_guards kernels/test_xla {CORE}",
-    "_arguments.py": f"core/test_arguments {CORE}",
-    "_flax.py": "flax/test_modules flax/test_nnx flax/test_linen flax/test_replace_nnx "
-    "flax/test_replace_linen flax/test_replace_linen_left",
+    "_arguments.py": "core/test_arguments core/test_guards core/test_functions",
+    "_flax.py": "flax/test_nnx flax/test_replace_linen_left flax/test_flax_claims "
+    "flax/test_linen flax/test_modules flax/test_replace_nnx",
 }
 OPERATORS = (
     *(f"core/ReplaceBinaryOperator_{a}_{b}" for a, b in (
@@ -67,14 +69,8 @@ OPERATORS = (
     "core/RemoveDecorator", "core/ZeroIterationForLoop",
 )  # fmt: skip
 SECONDS = 900  # a mutant that runs longer is killed: it hangs
-# Past the editable install's hook, so that the copy's package is the one imported.
-PYTEST = """
-import sys
-sys.meta_path[:] = [f for f in sys.meta_path if "Scikit" not in type(f).__name__]
-sys.path.insert(0, ".")
-import pytest
-sys.exit(pytest.main(sys.argv[1:]))
-"""
+CONTEXT = multiprocessing.get_context("forkserver")
+PRELOADED = ["jax", "flax.nnx", "flax.linen"]
 
 
 class CallToFirstArgument(Operator):
@@ -184,33 +180,41 @@ def copy_of_the_tree(folder: pathlib.Path) -> pathlib.Path:
     return tree
 
 
+def run_tests(tree: pathlib.Path, tests: list[str], told: pathlib.Path) -> None:
+    """In a process of its own: pytest over the copy of the tree, until a test fails."""
+    os.chdir(tree)
+    # Past the editable install's hook, so that the copy's package is the one imported.
+    sys.meta_path[:] = [f for f in sys.meta_path if "Scikit" not in type(f).__name__]
+    sys.path.insert(0, str(tree))
+    sys.dont_write_bytecode = True
+    import pytest
+
+    with told.open("w") as file, contextlib.redirect_stdout(file):
+        code = pytest.main(["-xqrfE", "-p", "no:cacheprovider", *tests])
+    os._exit(code)
+
+
 def run(mutant: Mutant, trees: queue.Queue) -> tuple[str | None, float]:
     """The test that fails, or None; and the seconds it took."""
     tree, start = trees.get(), time.monotonic()
-    path = tree / "jax_layernorm" / mutant.file
+    path, told = tree / "jax_layernorm" / mutant.file, tree / "told.txt"
     before = path.read_text()
-    tests = dict.fromkeys(f"tests/{t}.py" for t in TESTS[mutant.file].split())
-    command = [
-        sys.executable,
-        "-c",
-        PYTEST,
-        "-x",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        *tests,
-    ]
+    tests = list(dict.fromkeys(f"tests/{t}.py" for t in TESTS[mutant.file].split()))
+    process = CONTEXT.Process(target=run_tests, args=(tree, tests, told))
     try:
         path.write_text(mutant.code)
-        done = subprocess.run(
-            command, cwd=tree, capture_output=True, text=True, timeout=SECONDS,
-            env=os.environ | {"PYTHONDONTWRITEBYTECODE": "1"},
-        )  # fmt: skip
-        failed = (
-            None if done.returncode == 0 else done.stdout.strip().split("\n")[-2][:99]
-        )
-    except subprocess.TimeoutExpired:
-        failed = f"still running after {SECONDS} s"
+        process.start()
+        process.join(SECONDS)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            failed = f"still running after {SECONDS} s"
+        else:
+            failed = None
+            if process.exitcode != 0:
+                lines = told.read_text().split("\n")
+                found = [a[:99] for a in lines if a.startswith(("FAILED", "ERROR"))]
+                failed = (found or [f"exit code {process.exitcode}"])[0]
     finally:
         path.write_text(before)
         trees.put(tree)
@@ -227,12 +231,18 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--json", help="also write the results here")
     options = parser.parse_args()
+    CONTEXT.set_forkserver_preload(PRELOADED)
     drawn = sample(options.files, options.sample, options.seed)
     results = []
     with tempfile.TemporaryDirectory() as folder:
         trees = queue.Queue()
         for i in range(options.workers):
             trees.put(copy_of_the_tree(pathlib.Path(folder, str(i))))
+        path = ROOT / "jax_layernorm" / "_arguments.py"
+        unchanged = Mutant(path.name, 0, "nothing", path.read_text())
+        failed, _ = run(unchanged, trees)
+        if failed is not None:
+            sys.exit(f"without a slip the tests must pass; they do not: {failed}")
         with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
             running = {pool.submit(run, mutant, trees): mutant for mutant in drawn}
             for each in concurrent.futures.as_completed(running):

@@ -41,9 +41,8 @@ CASES = [
     ("v5p", "8192x5120", "bfloat16"),
     ("v7x", "8192x4096", "float32"),
 ]
-WIDTHS = (
-    64, 128, 256, 384, 640, 768, 1000, 1024, 1152, 1536, 2048, 2304, 3072, 4096, 4608,
-    5120, 6144, 7168, 8192, 12288, 16384, 19584, 24576, 32768,
+WIDTHS = (  # one of each kind: narrow, odd, in registers, in tiles, and the widest of each
+    64, 128, 256, 640, 1000, 1024, 2048, 2304, 5120, 8192, 16384, 19584, 24576, 32768,
 )  # fmt: skip
 TOO_WIDE = {
     24576: [("add backward", "float32")],
@@ -102,7 +101,7 @@ def test_whatever_it_takes_compiles(features):
     """On the chip with the least fast memory; blocks of every kind, and ragged ones."""
     device = compilers.device("tpu", "v5e")
     refused = []
-    cases = itertools.product((1, 40, 4097), tpu_passes.PASSES, ("bfloat16", "float32"))
+    cases = itertools.product((1, 4097), tpu_passes.PASSES, ("bfloat16", "float32"))
     for rows, name, dtype in cases:
         shape = shapes.Shape(rows, features)
         try:
@@ -112,7 +111,7 @@ def test_whatever_it_takes_compiles(features):
             refused.append((name, dtype, "fit into fast memory" in str(error)))
         else:
             assert "tpu_custom_call" in hlo, (rows, name, dtype)
-    assert refused == 3 * [(*case, True) for case in TOO_WIDE.get(features, [])]
+    assert refused == 2 * [(*case, True) for case in TOO_WIDE.get(features, [])]
 
 
 @pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
@@ -151,7 +150,10 @@ def test_split_over_four_chips(kind, layout):
     types = (AxisType.Explicit if kind == AxisType.Explicit else AxisType.Auto,) * 2
     mesh = jax.sharding.Mesh(chips, ("data", "model"), axis_types=types)
     of_x, of_params = LAYOUTS[layout]
-    norm = jln.layer_norm
+    by_kernels = SPLIT[kind, layout][1] > 0
+    norm = functools.partial(
+        jln.layer_norm, implementation="pallas_tpu" if by_kernels else None
+    )
     if kind == "shard_map":
         if layout != "batch":
             norm = functools.partial(norm, axis_name="model")
