@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
+import quick
 from flax_cases import SHAPE, assert_equal, draw
 from flax_models import (
     GPT,
@@ -35,10 +36,10 @@ def test_gpt_agrees_in_logits_loss_and_gradients_and_every_norm_is_ours(scanned)
     step = jax.value_and_grad(
         partial(loss_and_logits_of_gpt, scanned=scanned), has_aux=True
     )
-    want = jax.jit(step)(params)
+    want = quick.jit(step)(params)
     assert count_ops(step, params) == (0, 0)
     with jln.linen.replace() as report:
-        got = jax.jit(step)(params)
+        got = quick.jit(step)(params)
         counted = count_ops(step, params)
     assert_close(got, want)
     recomputed = 2 * LAYERS if scanned else 0  # under nn.remat
@@ -76,13 +77,13 @@ def test_orbax_checkpoint_from_before_loads_inside_and_back(tmp_path):
         with jln.linen.replace():
             like = jax.eval_shape(GPT().init, jax.random.key(1), TOKENS)
             loaded = checkpointer.restore(tmp_path / "before", like)
-            inside = GPT().apply(loaded, TOKENS)
+            inside = quick.jit(GPT().apply)(loaded, TOKENS)
             checkpointer.save(tmp_path / "inside", loaded)
             checkpointer.wait_until_finished()
         like = jax.eval_shape(GPT().init, jax.random.key(1), TOKENS)
         back = checkpointer.restore(tmp_path / "inside", like)
     assert_equal(back, saved)
-    assert_close(inside, GPT().apply(back, TOKENS))
+    assert_close(inside, quick.jit(GPT().apply)(back, TOKENS))
 
 
 @pytest.mark.parametrize(

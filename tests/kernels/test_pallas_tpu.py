@@ -101,8 +101,7 @@ def test_values_and_gradients_are_right(function, dtype, shape, interpreted):
     oracle.assert_right(out, params, x, dy, center=function is jln.layer_norm)
 
 
-@pytest.mark.parametrize("at_once", (0, _backward.AT_ONCE))
-@pytest.mark.parametrize("rows", (33, 290))
+@pytest.mark.parametrize(("rows", "at_once"), ((33, _backward.AT_ONCE), (290, 0)))
 def test_blocks_of_a_few_rows_find_their_statistics(
     rows, at_once, interpreted, monkeypatch
 ):
@@ -161,9 +160,7 @@ def test_residual_is_added_in_both_passes(features, dtype, interpreted):
     np.testing.assert_array_equal(dx, dresidual.astype(dtype))
 
 
-@pytest.mark.parametrize(
-    ("rows", "dtype"), ((5, "float32"), (300, "bfloat16"), (150, "float32"))
-)
+@pytest.mark.parametrize(("rows", "dtype"), ((5, "bfloat16"), (150, "float32")))
 @pytest.mark.parametrize("features", (128, 256, 384, 2304))
 def test_statistics_are_right(features, rows, dtype, interpreted):
     params, x, *_ = draw((rows, features), offset=100, dtype=dtype)
@@ -271,8 +268,7 @@ def kernels_of(text):
     return re.findall(r'kernel_name = "(layer_norm_\w+)"', text)
 
 
-@pytest.mark.parametrize("x64", (False, True))
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("x64", "dtype"), ((False, "bfloat16"), (True, "float32")))
 @pytest.mark.parametrize("shape", (*SHAPES, (8192, 5120), (4096, 16384)), ids=str)
 def test_both_passes_lower_to_one_kernel_each(shape, dtype, x64):
     with jax.enable_x64(x64):

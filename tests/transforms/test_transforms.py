@@ -106,8 +106,15 @@ VARIANTS = {
 FOR_KERNELS = "added with statistics"
 """What surrounds the kernels is the same for all: one variant, that all can run."""
 IN_TURN = [name for name in VARIANTS if name != FOR_KERNELS]
-RUNS = [(name, IN_TURN[i % len(IN_TURN)]) for i, name in enumerate(sorted(CASES))] + [
-    (name, FOR_KERNELS) for name in REVERSE_MODE
+HIGHER = ("grad_of_grad", "hessian", "hvp_of", "jacrev_of", "jacfwd", "vmap_of_hvp")
+"""Cases of higher derivatives, which are those of the equations and of no kernel."""
+RUNS = [
+    *((name, IN_TURN[i % len(IN_TURN)]) for i, name in enumerate(sorted(CASES))),
+    *(
+        (name, FOR_KERNELS)
+        for name in REVERSE_MODE
+        if not any(higher in name for higher in HIGHER)
+    ),
 ]
 OP_BY_OP = (
     "vjp",
