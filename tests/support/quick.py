@@ -4,7 +4,18 @@ import functools
 
 import jax
 
-jit = functools.partial(
-    jax.jit, compiler_options={"xla_cpu_use_fusion_emitters": False}
-)
-"""`jax.jit` without XLA's newer way of compiling fusions on CPU."""
+
+@functools.cache
+def _options():
+    """XLA's older way of compiling fusions on CPU, unless this XLA has it no longer."""
+    options = {"xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda: 0, compiler_options=options)()
+    except jax.errors.JaxRuntimeError as error:
+        assert "No such compile option" in str(error)
+        return None
+    return options
+
+
+def jit(function):
+    return jax.jit(function, compiler_options=_options())

