@@ -86,8 +86,9 @@ def test_a_mask_known_to_the_compiler_gives_the_same_bits(function):
     )
 
 
-@pytest.mark.parametrize("threads", (2, 8))
-@pytest.mark.parametrize("jit", (True, False), ids=("jitted", "not jitted"))
+@pytest.mark.parametrize(
+    ("jit", "threads"), ((True, 8), (False, 2)), ids=("jitted", "not jitted")
+)
 @pytest.mark.parametrize("function", FUNCTIONS[::3], ids=label)
 def test_callers_in_several_threads_get_the_same_bits(function, jit, threads):
     run = functools.partial(gradients, function)
@@ -104,8 +105,9 @@ def test_callers_in_several_threads_get_the_same_bits(function, jit, threads):
         assert_same_bits(result, one)
 
 
-@pytest.mark.parametrize("threads", (2, 8))
-@pytest.mark.parametrize("jit", (True, False), ids=("jitted", "not jitted"))
+@pytest.mark.parametrize(
+    ("jit", "threads"), ((True, 8), (False, 2)), ids=("jitted", "not jitted")
+)
 def test_first_calls_at_once_compile_and_agree(jit, threads):
     """Of every function, in each thread, each starting with another one."""
     features = 100 + 10 * threads + jit  # a shape that no other test has compiled

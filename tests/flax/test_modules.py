@@ -2,7 +2,7 @@
 
 import itertools
 
-import flax
+import flax.nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,6 +145,14 @@ def test_linen_params_are_in_the_order_of_feature_axes():
     scale = draw(1, FEATURES, 6)
     y = norm.apply({"params": {"scale": scale, "bias": 0 * scale}}, x)
     assert_agree(y, jln.layer_norm({"scale": scale.T}, x, axis=(1, 2)))
+
+
+def test_parameters_that_do_not_fit_feature_axes_are_refused():
+    norm = jln.nnx.LayerNorm(
+        FEATURES, reduction_axes=(1, 2), rngs=flax.nnx.Rngs(0), use_bias=False
+    )
+    with pytest.raises(ValueError, match=r"must have shape \(5,\).*Are feature_axes"):
+        norm(draw(0, 4, 6, 5))
 
 
 @pytest.mark.parametrize("features", tuple(itertools.permutations((1, 2, 3))))
