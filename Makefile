@@ -101,8 +101,9 @@ wheel: $(VENV)/.build
 
 # The C++ kernel alone: random problems, then fewer of them under each sanitizer.
 CASES ?= 100000
+SANITIZED ?= 20000
 native: $(VENV)/.native
-	@for run in none:$(CASES) address,undefined:20000 thread:2000; do \
+	@for run in none:$(CASES) address,undefined:$(SANITIZED) thread:2000; do \
 	  sanitizer=$${run%:*}; folder=build/native-$$sanitizer; \
 	  $(BIN)/cmake -G Ninja -S . -B $$folder -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja \
 	    -DJAX_LAYERNORM_TESTS=ON -DJAX_LAYERNORM_SANITIZE=$${sanitizer#none} > /dev/null \
