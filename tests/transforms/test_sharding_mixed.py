@@ -171,3 +171,20 @@ def test_xla_may_be_named_with_axis_name():
 
     whole = jln.layer_norm({}, x.reshape(3, 16)).reshape(x.shape)
     assert_same(parts(x), whole)
+
+
+@pytest.mark.parametrize("given", ("a scale", "nothing"))
+def test_a_residual_needs_no_parameters_with_the_features_split(given):
+    x, residual = draw(4, 16), draw(4, 16, seed=1)
+    params = {"scale": draw(16, seed=2)} if given == "a scale" else {}
+
+    def norm(params, x, residual):
+        y, residual_out = jln.add_layer_norm(params, x, residual)
+        return y + residual_out
+
+    expected = value_and_gradients(norm, params, x, residual)
+    mesh = mesh_of(EXPLICIT, EXPLICIT)
+    with jax.set_mesh(mesh):
+        split = [put(mesh, array, None, "model") for array in (x, residual)]
+        params = jax.tree.map(lambda p: put(mesh, p, None), params)
+        assert_same(value_and_gradients(norm, params, *split), expected)
