@@ -231,14 +231,14 @@ def errors_of(out: Any, problem: Problem) -> Errors:
 def seconds_of(function: Callable[..., Any], *arguments: Any) -> float:
     """The median of a call, queued a few at a time."""
     jax.block_until_ready(function(*arguments))
-    calls, medians, start = 1, [], time.perf_counter()
-    while len(medians) < 3 or time.perf_counter() - start < SECONDS:
+    calls, times, start = 1, [], time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - start < SECONDS:
         before = time.perf_counter()
         out = [function(*arguments) for _ in range(calls)]
         jax.block_until_ready(out)
-        medians.append((time.perf_counter() - before) / calls)
-        calls = max(1, min(20, int(1e-3 / medians[-1])))
-    return statistics.median(medians)
+        times.append((time.perf_counter() - before) / calls)
+        calls = max(1, min(20, int(1e-3 / times[-1])))
+    return statistics.median(times)
 
 
 def copy_seconds_of(problem: Problem) -> float:

@@ -40,7 +40,7 @@ from cosmic_ray.operators.operator import Operator
 ROOT = pathlib.Path(__file__).parents[1]
 CORE = "core/test_properties core/test_guards core/test_functions"
 MIXED = "transforms/test_sharding_mixed"
-SHARDED = "transforms/test_sharding_mixed transforms/test_sharding"
+SHARDED = f"{MIXED} transforms/test_sharding"
 TESTS = {  # of each file, the quickest and most telling first
     "_equations.py": f"{CORE} core/test_saved core/test_edges {MIXED}",
     "_normalize.py": f"{CORE} core/test_saved {MIXED} transforms/test_transforms",
@@ -52,7 +52,7 @@ TESTS = {  # of each file, the quickest and most telling first
     "_kernels/xla.py": f"core/test_guards kernels/test_xla {CORE}",
     "_arguments.py": "core/test_arguments core/test_guards core/test_functions",
     "_flax.py": "flax/test_nnx flax/test_replace_linen_left flax/test_flax_claims "
-    "flax/test_linen flax/test_modules flax/test_replace_nnx",
+    "flax/test_linen flax/test_modules flax/test_replace_nnx flax/test_replace_linen",
 }
 OPERATORS = (
     *(f"core/ReplaceBinaryOperator_{a}_{b}" for a, b in (

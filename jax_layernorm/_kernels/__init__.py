@@ -108,6 +108,11 @@ def _decide(chosen: str | None, reasons: dict[str, str]) -> None:
         record.decisions.append(Decision(chosen, reasons))
 
 
+def _decide_for_equations(reason: str) -> None:
+    """XLA compiles the equations, and no kernel runs, for one reason."""
+    _decide("xla", {name: reason for name in KERNELS if name != "xla"})
+
+
 def select(problem: Problem) -> Callable[..., Any]:
     """The function to run for `problem`, decided while it is lowered.
 
@@ -195,7 +200,7 @@ def needs_equations(spec: NormSpec, *, custom_vjp: bool) -> bool:
             f"implementation={spec.implementation!r} cannot run this norm: {reason}."
             " Pass None to choose automatically."
         )
-    _decide("xla", {name: reason for name in KERNELS if name != "xla"})
+    _decide_for_equations(reason)
     return True
 
 
@@ -205,7 +210,7 @@ def batched_reference(problem: Problem) -> None:
     reason = "jax.vmap maps parameters alone"
     if named not in (None, "xla"):
         reason = f"implementation={named!r} cannot run the norm with its mapped axis"
-    _decide("xla", {name: reason for name in KERNELS if name != "xla"})
+    _decide_for_equations(reason)
 
 
 def _cannot_run(name: str | None, problem: Problem, reason: str) -> str:
