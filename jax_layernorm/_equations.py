@@ -129,7 +129,9 @@ class ForwardOutputs(NamedTuple):
 
 
 class BackwardOutputs(NamedTuple):
-    dx: Float[Array, "*shape"]
+    """Cotangents; None where they are not wanted."""
+
+    dx: Float[Array, "*shape"] | None
     dscale: Float[Array, ...] | None
     dbias: Float[Array, ...] | None
 
@@ -207,6 +209,7 @@ def backward(
     drstd: Float[Array, "*stats"] | None,
     *,
     spec: NormSpec,
+    with_dx: bool,
     scale_shape: Shape | None,
     bias_shape: Shape | None,
     sum_rows: SumRows = lambda x, leading: jnp.sum(x, range(leading)),
@@ -214,29 +217,54 @@ def backward(
     """Cotangents of `forward`'s arguments, from what it was given and `statistics`.
 
     With a residual, `x` is the sum, `dresidual_out` its cotangent, and `dx` the cotangent
-    of both summands. `dscale` and `dbias` have the shapes given, None where there is no
-    such parameter, and are left in the dtype they are summed in. `sum_rows` takes these
-    sums: `jnp.sum`, or what a compiler does better with.
+    of both summands. `scale` matters for `dx` alone. `dscale` and `dbias` have the shapes
+    given, None where they are not wanted, and are left in the dtype they are summed in.
+    `sum_rows` takes these sums: `jnp.sum`, or what a compiler does better with.
     """
     compute = compute_dtype(x.dtype)
     keep = _keep(mask, x.ndim)
-    count = _count(x, mask, spec.axes)
     mean, mean_low, rstd = statistics
     c = x.astype(compute)
     c = keep(c if mean is None else c - mean)
     dy = keep(dy.astype(compute))
-    g = dy if scale is None else keep(dy * _gamma(scale, spec, like=dy))
+    x_hat = keep((c if mean_low is None else keep(c - mean_low)) * rstd)
 
+    dx = None
+    if with_dx:
+        g = dy if scale is None else keep(dy * _gamma(scale, spec, like=dy))
+        count = _count(x, mask, spec.axes)
+        dx = keep(_dx(g, c, x_hat, mean_low, rstd, dmean, drstd, count, spec))
+        if dresidual_out is not None:
+            dx = dx + dresidual_out.astype(compute)
+        dx = dx.astype(x.dtype)
+    dscale = dbias = None
+    if scale_shape is not None:
+        dscale = _sum_to_shape(dy * x_hat, scale_shape, sum_rows)
+    if bias_shape is not None:
+        dbias = _sum_to_shape(dy, bias_shape, sum_rows)
+    return BackwardOutputs(dx, dscale, dbias)
+
+
+def _dx(
+    g: Float[Array, "*shape"],
+    c: Float[Array, "*shape"],
+    x_hat: Float[Array, "*shape"],
+    mean_low: Float[Array, "*stats"] | None,
+    rstd: Float[Array, "*stats"],
+    dmean: Float[Array, "*stats"] | None,
+    drstd: Float[Array, "*stats"] | None,
+    count: Any,
+    spec: NormSpec,
+) -> Float[Array, "*shape"]:
+    """The cotangent of `x`; `c` is `x - mean`, without the low-order word."""
     # All that needs a sum over a row, or over the devices that share it.
     sums = {}
     along_c = jnp.sum(g * c, spec.axes, keepdims=True)
     if mean_low is not None:
         sums["g"] = jnp.sum(g, spec.axes, keepdims=True)
         along_c = along_c - mean_low * sums["g"]
-        c = keep(c - mean_low)
     # rstd is 0 where c * c has overflown, and then g * c may have, too.
     sums["g * x_hat"] = jnp.where(rstd == 0, rstd, rstd * along_c)
-    x_hat = keep(c * rstd)
     if drstd is not None:
         sums["drstd"] = drstd
     if dmean is not None:
@@ -254,18 +282,18 @@ def backward(
     if mean_low is not None:
         dx = dx - sums["g"] * inv_n
     dx = rstd * dx
-    if dmean is not None:
-        dx = dx + sums["dmean"] * inv_n
-    dx = keep(dx)
-    if dresidual_out is not None:
-        dx = dx + dresidual_out.astype(compute)
+    return dx if dmean is None else dx + sums["dmean"] * inv_n
 
-    dscale = dbias = None
-    if scale_shape is not None:
-        dscale = _sum_to_shape(dy * x_hat, scale_shape, sum_rows)
-    if bias_shape is not None:
-        dbias = _sum_to_shape(dy, bias_shape, sum_rows)
-    return BackwardOutputs(dx.astype(x.dtype), dscale, dbias)
+
+def bias_gradient(
+    dy: Float[Array, "*shape"],
+    mask: Bool[Array, ...] | None,
+    bias_shape: Shape,
+    compute: jnp.dtype,
+) -> Array:
+    """`dbias` alone, which needs neither `x` nor the statistics."""
+    dy = _keep(mask, dy.ndim)(dy.astype(compute))
+    return _sum_to_shape(dy, bias_shape, lambda x, leading: jnp.sum(x, range(leading)))
 
 
 def _keep(mask: Bool[Array, ...] | None, ndim: int) -> Callable[[Array], Array]:
@@ -388,9 +416,9 @@ def _merge(
     if counted:  # a part without elements has no mean
         first = jnp.max(jnp.where(counts > 0, parts[:, 1], -jnp.inf), 0)
         first = jnp.where(jnp.max(counts, 0) > 0, first, 0)
-    offsets = (parts[:, 1] - first) + parts[:, 2]
+    offsets = (parts[:, 1] - first[None]) + parts[:, 2]
     offset = jnp.sum(counts * offsets, 0) / n
-    squares = squares + counts * (offsets - offset) ** 2
+    squares = squares + counts * (offsets - offset[None]) ** 2
     shift = ((mean - first) + mean_low) - offset
     variance = jnp.sum(squares, 0) / n
     high, low = (_mapped(a, axis_names) for a in _two_sum(first, offset))

@@ -11,9 +11,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from jax_layernorm import _batching, _equations, _kernels, _sharding
-from jax_layernorm._equations import ForwardOutputs, NormSpec, RowStatistics
+from jax_layernorm._equations import (
+    BackwardOutputs,
+    ForwardOutputs,
+    NormSpec,
+    RowStatistics,
+    Shape,
+)
 from jax_layernorm._kernel_op import KernelOp
 from jax_layernorm._results import Normalized, Statistics
 
@@ -62,9 +69,12 @@ def normalize(
     def of_equally_varying(spec: NormSpec, *operands: Any) -> Normalized:
         return norm(spec, *_sharding.equally_varying(operands))
 
-    if _sharding.features_are_split(spec, operands[0]):
-        return _sharding.on_split_features(of_equally_varying, spec, *operands)
-    return of_equally_varying(spec, *operands)
+    placed, place_results = _sharding.placed_alike(operands)
+    if _sharding.features_are_split(spec, placed[0]):
+        return place_results(
+            _sharding.on_split_features(of_equally_varying, spec, *placed)
+        )
+    return place_results(of_equally_varying(spec, *placed))
 
 
 def _differentiated_by_jax(spec: NormSpec, *operands: Any) -> Normalized:
@@ -99,78 +109,158 @@ def _forward(
     return function(*operands, spec=spec, with_statistics=with_statistics)
 
 
+class _Type(NamedTuple):
+    shape: Shape
+    dtype: jnp.dtype
+
+
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class _Like:
-    """Shapes and dtypes of arguments that the backward pass needs nothing else of."""
+class _Types:
+    """Of the arguments whose gradients may be wanted, and of the arithmetic."""
 
-    x: jnp.dtype
-    residual: jnp.dtype | None
-    bias: tuple[tuple[int, ...], jnp.dtype] | None
+    x: _Type
+    residual: _Type | None
+    scale: _Type | None
+    bias: _Type | None
+    compute: jnp.dtype
+
+
+class _Wanted(NamedTuple):
+    """Of which arguments the gradients are wanted."""
+
+    x: bool
+    residual: bool
+    scale: bool
+    bias: bool
+
+    @property
+    def dx(self) -> bool:
+        return self.x or self.residual
+
+    @property
+    def x_hat(self) -> bool:
+        return self.dx or self.scale
+
+    def as_array(self) -> Array:
+        """An array without elements, whose shape tells.
+
+        For JAX the structure of what is saved must not depend on what is wanted, but
+        shapes may (https://github.com/jax-ml/jax/issues/16614).
+        """
+        return jnp.zeros((0, *map(int, self)), jnp.bool_)
+
+    @classmethod
+    def of_array(cls, array: Array) -> _Wanted:
+        return cls(*map(bool, array.shape[1:]))
 
 
 class _Saved(NamedTuple):
-    """What the backward pass keeps alive: this, and nothing else."""
+    """What the backward pass keeps alive: this, and nothing else.
 
-    x: Array  # or the sum, if there is a residual
+    `x` (the sum, if there is a residual) and the statistics are kept for `dx` and
+    `dscale`, and `scale` for `dx`. Where they are not needed an array without elements
+    takes their place.
+    """
+
+    x: Array
     scale: Array | None
     mask: Array | None
     statistics: RowStatistics
-    like: _Like
+    wanted: Array
+    types: _Types
 
 
 def _forward_rule(
-    spec: NormSpec,
-    x: Array,
-    residual: Array | None,
-    scale: Array | None,
-    bias: Array | None,
-    mask: Array | None,
+    spec: NormSpec, *primals: CustomVJPPrimal | None
 ) -> tuple[Normalized, _Saved]:
-    out = _forward(spec, (x, residual, scale, bias, mask), with_statistics=True)
+    x, residual, scale, bias, mask = (p and p.value for p in primals)
+    wanted = _Wanted(*(p is not None and p.perturbed for p in primals[:4]))
+    with_statistics = wanted.x_hat or spec.return_statistics
+    out = _forward(spec, (x, residual, scale, bias, mask), with_statistics)
     statistics: Any = checkpoint_name(out.statistics, STATISTICS_NAME)
     out = out._replace(statistics=statistics)
-    like = _Like(
-        x.dtype,
-        None if residual is None else residual.dtype,
-        None if bias is None else (bias.shape, bias.dtype),
-    )
+    nothing = jnp.zeros(0)
+    if not wanted.x_hat:
+        no_mean = None if not spec.center else nothing
+        statistics = RowStatistics(no_mean, no_mean, nothing)
     normalized = x if out.residual_out is None else out.residual_out
-    return _public(out, spec), _Saved(normalized, scale, mask, statistics, like)
+    types = [
+        None if a is None else _Type(a.shape, a.dtype)
+        for a in (x, residual, scale, bias)
+    ]
+    return _public(out, spec), _Saved(
+        x=normalized if wanted.x_hat else nothing,
+        scale=scale if wanted.dx or scale is None else nothing,
+        mask=mask,
+        statistics=statistics,
+        wanted=wanted.as_array(),
+        types=_Types(*types, _equations.compute_dtype(normalized.dtype)),
+    )
 
 
 def _backward_rule(
     spec: NormSpec, saved: _Saved, cotangents: Normalized
 ) -> tuple[Array | None, ...]:
-    like = saved.like
+    wanted, types = _Wanted.of_array(saved.wanted), saved.types
+    cotangents = jax.tree.map(_none_if_zero, cotangents)
+    dx, dscale, dbias = _gradients(spec, saved, wanted, cotangents)
+    gradients = zip(
+        wanted,
+        (dx, dx, dscale, dbias),
+        (types.x, types.residual, types.scale, types.bias),
+        strict=True,
+    )
+    return (
+        *(
+            gradient.astype(type_.dtype) if is_wanted and gradient is not None else None
+            for is_wanted, gradient, type_ in gradients
+        ),
+        None,
+    )
+
+
+def _none_if_zero(cotangent: Any) -> Array | None:
+    return None if type(cotangent) is SymbolicZero else cotangent
+
+
+def _gradients(
+    spec: NormSpec, saved: _Saved, wanted: _Wanted, cotangents: Normalized
+) -> BackwardOutputs:
+    """The gradients that are wanted; a cotangent that is zero is None."""
+    dy, types = cotangents.y, saved.types
     dmean, drstd = cotangents.statistics or (None, None)
+    dmean = dmean if spec.center else None
+    scale_shape = types.scale.shape if wanted.scale and dy is not None else None
+    bias_shape = types.bias.shape if wanted.bias and dy is not None else None
+    if dy is None and dmean is None and drstd is None:  # nothing of the norm is used
+        return BackwardOutputs(cotangents.residual_out, None, None)
+    if not wanted.dx and scale_shape is None:
+        dbias = None
+        if bias_shape is not None:
+            dbias = _equations.bias_gradient(dy, saved.mask, bias_shape, types.compute)
+        return BackwardOutputs(None, None, dbias)
     function: Callable[..., Any] = backward_op
     if _kernels.needs_equations(spec, custom_vjp=True):
         function = _equations.backward
     gradients: Any = function(
         saved.x,
-        saved.scale,
+        saved.scale if wanted.dx else None,
         saved.mask,
         saved.statistics,
-        cotangents.y,
+        jnp.zeros_like(saved.x, spec.dtype) if dy is None else dy,
         cotangents.residual_out,
-        dmean if spec.center else None,
+        dmean,
         drstd,
         spec=spec,
-        scale_shape=None if saved.scale is None else saved.scale.shape,
-        bias_shape=None if like.bias is None else like.bias[0],
+        with_dx=wanted.dx,
+        scale_shape=scale_shape,
+        bias_shape=bias_shape,
     )
-    dx, dscale, dbias = gradients
-    return (
-        dx.astype(like.x),
-        None if like.residual is None else dx.astype(like.residual),
-        None if saved.scale is None else dscale.astype(saved.scale.dtype),
-        None if like.bias is None else dbias.astype(like.bias[1]),
-        None,
-    )
+    return gradients
 
 
-_normalize.defvjp(_forward_rule, _backward_rule)
+_normalize.defvjp(_forward_rule, _backward_rule, symbolic_zeros=True)
 
 
 def _public(out: ForwardOutputs, spec: NormSpec) -> Normalized:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
@@ -63,6 +64,52 @@ def placement_of(x: Any) -> Placement:
     return Placement(sharding.mesh, (*sharding.spec, *[None] * missing))
 
 
+def placed_alike(
+    operands: Sequence[Any],
+) -> tuple[list[Any], Callable[[Normalized], Normalized]]:
+    """Operands split by explicit mesh axes as `x` is, and what places the results.
+
+    A custom_vjp rule must return a cotangent that is split as its primal is. So `x` and
+    `residual` are both placed as their sum is, the others as they broadcast against it,
+    and at the end `y` as JAX places `x * scale + bias`. The transposes of these changes
+    place the gradients.
+
+    Raises:
+      ShardingTypeError: JAX would not add arrays with these placements.
+    """
+    given = [operand for operand in operands if operand is not None]
+    if not any(placement_of(operand).mesh.explicit_axes for operand in given):
+        return [*operands], lambda out: out
+    x, residual, *others = operands
+    y_sharding = _sharding_of_sum(given)
+    x_sharding = _sharding_of_sum([x] if residual is None else [x, residual])
+    placement = Placement(x_sharding.mesh, (*x_sharding.spec,))
+
+    def place_results(out: Normalized) -> Normalized:
+        return out._replace(y=_placed(out.y, y_sharding.mesh, y_sharding.spec))
+
+    return [
+        None
+        if operand is None
+        else _placed(operand, y_sharding.mesh, placement.along(operand.shape))
+        for operand in (x, residual, *others)
+    ], place_results
+
+
+def _sharding_of_sum(arrays: Sequence[Array]) -> NamedSharding:
+    def add(*arrays: Array) -> Array:
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return functools.reduce(jnp.add, arrays)
+
+    return jax.make_jaxpr(add)(*arrays).out_avals[0].sharding
+
+
+def _placed(array: Array, mesh: Any, spec: P) -> Array:
+    if placement_of(array).axes == tuple(spec):
+        return array
+    return reshard(array, NamedSharding(mesh, spec))
+
+
 def features_are_split(spec: NormSpec, x: Array) -> bool:
     """Whether explicit mesh axes split the normalized axes."""
     return bool(placement_of(x).explicit(spec.axes))
@@ -76,6 +123,8 @@ def on_split_features(
 ) -> Normalized:
     """`norm(spec, x, *others)` on each device of the explicit axes that split `x`.
 
+    The operands are `placed_alike`.
+
     There `norm` gets the axes that split the features as `axis_names`, and merges the
     shards' statistics in one collective; the partitioner would need one for each of
     three sums.
@@ -84,11 +133,6 @@ def on_split_features(
     names = placement.explicit(sorted(spec.axes))
     operands = (x, *others)
     in_specs = jax.tree.map(lambda a: placement.along(a.shape), operands)
-    operands = jax.tree.map(
-        lambda a, along: reshard(a, NamedSharding(placement.mesh, along)),
-        operands,
-        in_specs,
-    )
     whole: Any = P(*placement.axes)  # specs, in the places of the arrays they are of
     row: Any = P(
         *(

@@ -1,10 +1,14 @@
-"""What the backward pass keeps alive: the leaves of `jax.vjp`'s function."""
+"""What the backward pass keeps alive and computes: only what a wanted gradient needs."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 import jax_layernorm as jln
+from jax_layernorm import _equations
 
 ROWS, FEATURES = 48, 256
 ADD = (jln.add_layer_norm, jln.add_rms_norm)
@@ -80,3 +84,131 @@ def test_a_remat_policy_can_save_exactly_the_statistics():
     statistics_saved = jax.checkpoint(nothing_saved.__wrapped__, policy=policy)
     before = saved_bytes(nothing_saved, x)
     assert saved_bytes(statistics_saved, x) == before + a_row(jln.layer_norm)
+
+
+def test_x_is_kept_and_not_copied():
+    x = jnp.ones((ROWS, FEATURES))
+    _, vjp = jax.vjp(functools.partial(jln.layer_norm, {}), x)
+    pointers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(vjp)]
+    assert x.unsafe_buffer_pointer() in pointers
+
+
+X, STATISTICS, SCALE, MASK = "x", "statistics", "scale", "mask"
+WANTED = {  # of which arguments gradients are wanted: what is kept for them
+    "x scale bias": (X, STATISTICS, SCALE),
+    "x bias": (X, STATISTICS, SCALE),
+    "x": (X, STATISTICS, SCALE),  # frozen parameters
+    "scale bias": (X, STATISTICS),  # a constant x
+    "scale": (X, STATISTICS),
+    "bias": (),
+}
+
+
+@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize("wanted", WANTED)
+@pytest.mark.parametrize("function", (jln.layer_norm, jln.add_rms_norm))
+def test_kept_is_what_the_wanted_gradients_need(function, wanted, masked):
+    x = jnp.ones((ROWS, FEATURES))
+    arguments = {"x": x, **jln.init_params(FEATURES)}
+    mask = jnp.ones((ROWS, FEATURES), bool) if masked else None
+
+    def norm(given):
+        x, scale, bias = ({**arguments, **given}[name] for name in arguments)
+        arrays = (x, jnp.ones_like(x)) if function in ADD else (x,)
+        return function({"scale": scale, "bias": bias}, *arrays, mask=mask)
+
+    sizes = {
+        X: x.nbytes,
+        STATISTICS: a_row(function),
+        SCALE: arguments["scale"].nbytes,
+        MASK: x.size,
+    }
+    expected = sum(sizes[name] for name in WANTED[wanted]) + masked * sizes[MASK]
+    _, vjp = jax.vjp(norm, {name: arguments[name] for name in wanted.split()})
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(vjp)) == expected
+
+
+def backward_ops(jaxpr):
+    """What the backward ops in a program compute: dx, dscale, dbias."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == _equations.BACKWARD:
+            static = dict(equation.params["static"])
+            yield (
+                static["with_dx"],
+                static["scale_shape"] is not None,
+                static["bias_shape"] is not None,
+            )
+        for inner in jaxprs_in_params(equation.params):
+            yield from backward_ops(inner)
+
+
+def scanned(norm, params, x):
+    def layer(x, _):
+        return x + norm(params, x), None
+
+    return jax.lax.scan(layer, x, length=2)[0]
+
+
+def mapped(norm, params, x):
+    return jax.vmap(functools.partial(norm, params))(x)
+
+
+AROUND = {
+    "nothing": lambda norm, params, x: norm(params, x),
+    "jit": lambda norm, params, x: jax.jit(norm)(params, x),
+    "jit of remat": lambda norm, params, x: jax.jit(jax.checkpoint(norm))(params, x),
+    "remat": lambda norm, params, x: jax.checkpoint(norm)(params, x),
+    "scan": scanned,
+    "vmap": mapped,
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+def test_only_wanted_gradients_are_computed(around):
+    params, x = jln.init_params(FEATURES), jnp.ones((ROWS, FEATURES))
+    run = functools.partial(AROUND[around], jln.layer_norm)
+
+    def loss(given, frozen):
+        given = {"scale": None, "bias": None, "x": None} | frozen | given
+        x = given.pop("x")
+        return jnp.sum(run(given, x) ** 2)
+
+    everything = {**params, "x": x}
+    for wanted in ("x scale bias", "x bias", "x scale", "x", "scale bias", "scale"):
+        given = {name: everything[name] for name in wanted.split()}
+        frozen = {name: everything[name] for name in everything if name not in given}
+        jaxpr = jax.make_jaxpr(jax.grad(loss))(given, frozen)
+        # A scan carries x, which the parameters of a layer change for the next.
+        dx = "x" in given or around == "scan"
+        assert {*backward_ops(jaxpr.jaxpr)} == {(dx, "scale" in given, "bias" in given)}
+    bias = {"bias": params["bias"]}
+    frozen = {"scale": params["scale"], "x": x}
+    ops = [*backward_ops(jax.make_jaxpr(jax.grad(loss))(bias, frozen).jaxpr)]
+    assert ops == ([(True, False, True)] if around == "scan" else [])
+
+
+def test_statistics_that_nothing_uses_have_no_cotangents():
+    """Nor has the sum of an add, if nothing but `y` is used."""
+    x = jnp.ones((ROWS, FEATURES))
+
+    def used(which):
+        def loss(x):
+            out = jln.add_layer_norm({}, x, jnp.cos(x), return_statistics=True)
+            return jnp.sum(jax.tree.leaves(out)[which])
+
+        return jax.make_jaxpr(jax.grad(loss))(x).jaxpr
+
+    def cotangents(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == _equations.BACKWARD:
+                operands = jax.tree.unflatten(
+                    equation.params["treedef"], equation.invars
+                )
+                yield [operand is not None for operand in operands[-4:]]
+            for inner in jaxprs_in_params(equation.params):
+                yield from cotangents(inner)
+
+    assert [*cotangents(used(0))] == [[True, False, False, False]]  # y
+    assert [*cotangents(used(1))] == []  # residual + x
+    assert [*cotangents(used(2))] == [[True, False, True, False]]  # mean
+    assert [*cotangents(used(3))] == [[True, False, False, True]]  # rstd

@@ -177,7 +177,21 @@ def test_in_a_forked_process_the_kernel_returns_an_error():
     """XLA prints it, and then hangs, as it does after a fork without the kernel."""
     command = [sys.executable, "-c", FORKED]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "in a fork of the process that loaded it" in done.stderr
+    assert "in a fork of a process that had called it" in done.stderr
+
+
+def test_a_fork_of_a_process_that_only_imported_the_package_may_compute():
+    """As a server does that imports the application and then forks its workers."""
+    script(
+        """
+import os, jax, jax.numpy as jnp, jax_layernorm as jln
+child = os.fork()
+if child == 0:
+    y = jln.layer_norm({}, jnp.arange(32.0).reshape(4, 8), implementation="native_cpu")
+    os._exit(not jnp.isfinite(y).all())
+raise SystemExit(os.waitpid(child, 0)[1])
+"""
+    )
 
 
 # ---- versions, and a machine without a compiler
@@ -238,19 +252,59 @@ def test_without_the_library_xla_runs_and_explain_says_why(monkeypatch):
         jax.clear_caches()
 
 
-def test_nothing_is_loaded_before_a_norm_is_lowered():
+def test_import_registers_the_kernel_and_starts_no_backend():
     printed = script(
         """
-import jax, jax_layernorm as jln
-loaded = lambda: "libjax_layernorm_cpu" in open("/proc/self/maps").read()
-print(loaded())
-jax.eval_shape(lambda x: jln.layer_norm({}, x), jax.numpy.ones((4, 8)))
-print(loaded())
-jln.layer_norm({}, jax.numpy.ones((4, 8)))
-print(loaded())
+import jax, jax_layernorm
+from jax._src import ffi, xla_bridge
+print("libjax_layernorm_cpu" in open("/proc/self/maps").read())
+print(xla_bridge.backends_are_initialized())
 """
     )
-    assert printed == "False\nFalse\nTrue\n"
+    assert printed == "True\nFalse\n"
+
+
+SAVE_OR_RUN = """
+import pickle, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import serialize_executable
+import jax_layernorm as jln
+x = np.arange(256, dtype="float32").reshape(4, 64)
+if sys.argv[1] == "save":
+    loss = lambda x: jnp.sum(jln.layer_norm(jln.init_params(64), x) ** 3)
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(x).compile()
+    assert "jax_layernorm_backward" in compiled.as_text()
+    pickle.dump(serialize_executable.serialize(compiled), open(sys.argv[2], "wb"))
+else:
+    compiled = serialize_executable.deserialize_and_load(
+        *pickle.load(open(sys.argv[2], "rb")))
+print(*(a.tobytes().hex() for a in map(np.asarray, jax.tree.leaves(compiled(x)))))
+"""
+
+
+def test_a_saved_executable_runs_in_another_process(tmp_path):
+    path = str(tmp_path / "executable")
+    assert script(SAVE_OR_RUN, "save", path) == script(SAVE_OR_RUN, "run", path)
+
+
+FROM_THE_CACHE = """
+import sys, jax, numpy as np, jax_layernorm as jln
+jax.config.update("jax_compilation_cache_dir", sys.argv[1])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+hits = []
+jax.monitoring.register_event_listener(
+    lambda event, **_: hits.append(event) if event.endswith("cache_hits") else None)
+x = np.arange(256, dtype="float32").reshape(4, 64)
+norm = jax.jit(lambda x: jln.layer_norm({}, x, implementation="native_cpu"))
+print(len(hits), np.asarray(norm(x)).tobytes().hex(), len(hits) > 0)
+"""
+
+
+def test_a_first_norm_may_come_from_the_persistent_cache(tmp_path):
+    first, second = (script(FROM_THE_CACHE, str(tmp_path)).split() for _ in range(2))
+    assert first == ["0", first[1], "False"]
+    assert second == ["0", first[1], "True"]
 
 
 # ---- export

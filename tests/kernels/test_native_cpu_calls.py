@@ -69,6 +69,7 @@ CALLS = {
             "has_dresidual_out": True,
             "has_dmean": True,
             "has_drstd": True,
+            "with_dx": True,
             "with_dscale": True,
             "with_dbias": True,
             "scale_offset": np.float64(0),

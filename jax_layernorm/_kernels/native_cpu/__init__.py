@@ -10,7 +10,8 @@ number of threads; they may differ by roundings between kinds of processors.
 
 Limits: what `_rows.as_rows` says; not in exported programs, where XLA knows no such call.
 The library is compiled when the package is installed; without it nothing is lost but
-speed. It is loaded when a norm is first lowered for CPU, never at import.
+speed. It is loaded at import, because a process may run a compiled program that another
+one saved, and then lowers nothing.
 """
 
 from __future__ import annotations
@@ -115,6 +116,7 @@ def backward(problem: Problem) -> Callable[..., BackwardOutputs]:
         drstd: Any,
         *,
         spec: NormSpec,
+        with_dx: bool,
         scale_shape: tuple[int, ...] | None,
         bias_shape: tuple[int, ...] | None,
     ) -> BackwardOutputs:
@@ -139,25 +141,24 @@ def backward(problem: Problem) -> Callable[..., BackwardOutputs]:
             *_each(dmean, stats),
             *_each(drstd, stats),
         ]
-        dx, *rest = jax.ffi.ffi_call(
-            BACKWARD,
-            [jax.ShapeDtypeStruct(matrix, x.dtype), *(g for g in gradients if g)],
-        )(
+        results = [jax.ShapeDtypeStruct(matrix, x.dtype)] * with_dx
+        results += [g for g in gradients if g is not None]
+        results = jax.ffi.ffi_call(BACKWARD, results)(
             *operands,
             has_scale=scale is not None,
             has_dresidual_out=dresidual_out is not None,
             has_dmean=dmean is not None,
             has_drstd=drstd is not None,
+            with_dx=with_dx,
             with_dscale=scale_shape is not None,
             with_dbias=bias_shape is not None,
             center=spec.center,
             scale_offset=np.float64(spec.scale_offset),
         )
-        dscale, dbias = (
-            None if shape is None else rest.pop(0).reshape(shape)
-            for shape in (scale_shape, bias_shape)
+        shapes = (x.shape if with_dx else None, scale_shape, bias_shape)
+        return BackwardOutputs(
+            *(None if s is None else results.pop(0).reshape(s) for s in shapes)
         )
-        return BackwardOutputs(dx.reshape(x.shape), dscale, dbias)
 
     return run
 
@@ -230,3 +231,6 @@ def _ffi_api_version(headers: pathlib.Path) -> tuple[int, int] | None:
         return None
     found = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)", text))
     return (int(found["MAJOR"]), int(found["MINOR"])) if len(found) == 2 else None
+
+
+_not_loaded()

@@ -28,7 +28,7 @@ struct ForwardAttributes {
 
 struct BackwardAttributes {
   bool center, has_scale, has_dresidual_out, has_dmean, has_drstd;
-  bool with_dscale, with_dbias;
+  bool with_dx, with_dscale, with_dbias;
   double scale_offset;
 };
 
@@ -45,8 +45,8 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     jax_layernorm::BackwardAttributes, StructMember<bool>("center"),
     StructMember<bool>("has_scale"), StructMember<bool>("has_dresidual_out"),
     StructMember<bool>("has_dmean"), StructMember<bool>("has_drstd"),
-    StructMember<bool>("with_dscale"), StructMember<bool>("with_dbias"),
-    StructMember<double>("scale_offset"));
+    StructMember<bool>("with_dx"), StructMember<bool>("with_dscale"),
+    StructMember<bool>("with_dbias"), StructMember<double>("scale_offset"));
 
 namespace jax_layernorm {
 namespace {
@@ -60,10 +60,6 @@ class XlaPool : public Pool {
  private:
   ffi::ThreadPool pool_;
 };
-
-// The threads of XLA's pool exist only in the process that started them, so a fork of it
-// must not wait for them.
-const pid_t kLoadedBy = getpid();
 
 // Asks the operating system for huge pages under a large result. XLA allocates results
 // anew for each execution, and the system provides each page at the first write: with
@@ -85,11 +81,14 @@ void advise_huge_pages(const Out& out, int64_t elements) {
 
 template <class Problem>
 ffi::Error run_on(ffi::ThreadPool threads, const Problem& problem) {
-  if (getpid() != kLoadedBy) {
+  // The threads of XLA's pool exist only in the process that started them, so a fork of it
+  // must not wait for them. A fork of a process that has only imported the package is fine.
+  static const pid_t first_called_by = getpid();
+  if (getpid() != first_called_by) {
     return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
-                      "jax_layernorm's native_cpu was called in a fork of the process that "
-                      "loaded it, where XLA's threads do not exist. Start processes by the "
-                      "spawn or forkserver method.");
+                      "jax_layernorm's native_cpu was called in a fork of a process that "
+                      "had called it, where XLA's threads do not exist. Start processes by "
+                      "the spawn or forkserver method.");
   }
   static const RowKernels& kernels = best_kernels();
   XlaPool pool(threads);
@@ -164,7 +163,7 @@ ffi::Error backward(ffi::ThreadPool threads, BackwardAttributes attributes,
   if (attributes.has_dmean) p.dmean = statistic("dmean");
   if (attributes.has_drstd) p.drstd = statistic("drstd");
 
-  p.dx = reader.result("dx", Reader::kMatrix, p.x.dtype);
+  if (attributes.with_dx) p.dx = reader.result("dx", Reader::kMatrix, p.x.dtype);
   const auto gradient = [&](const char* name) {
     return reader.result(name, Reader::kParameter, compute);
   };

@@ -54,7 +54,8 @@ inline Dtype computed(Dtype x) { return x == kFloat64 ? kFloat64 : kFloat32; }
 const RowKernels& best_kernels();
 
 // Returns false if memory ran out. The results depend on the problem and the kernels, but
-// not on the number of threads.
+// not on the number of threads. The bits of a row's y, statistics and dx do not depend on
+// the other rows either.
 bool run(const ForwardProblem& problem, const RowKernels& kernels, Pool& pool);
 bool run(const BackwardProblem& problem, const RowKernels& kernels, Pool& pool);
 

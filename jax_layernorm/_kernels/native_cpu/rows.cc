@@ -18,12 +18,13 @@ namespace {
 template <class T>
 using Compute = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// R rows together, because a short row alone would wait for its sums.
-template <class X, class Y, bool kCenter, int R>
+// R rows together, because a short row alone would wait for its sums. The sums have U sets
+// of vectors (see row_sums). Rows of one length must all have the same U, so that a row has
+// the same bits whether it is taken alone or together with others.
+template <class X, class Y, bool kCenter, int R, int U>
 JLN_INLINE void forward_together(const ForwardRows& a, int64_t row) {
   using C = Compute<X>;
   using V = Register<C>;
-  constexpr int U = R == 1 ? 4 : 1;
   const int64_t features = a.features;
   const C inv_n = static_cast<C>(1.0 / static_cast<double>(features));
   const auto* gamma = static_cast<const C*>(a.gamma);
@@ -36,7 +37,8 @@ JLN_INLINE void forward_together(const ForwardRows& a, int64_t row) {
     double sums[1][R] = {};
     row_sums<R, U, 1>(features, sums, C{}, [&](int64_t i, auto which, V(*sum)[1]) {
       for (int k = 0; k < R; ++k) {
-        sum[k][0] += load<C>(x + k * features + i, which) * all<V>(inv_n);
+        const V v = load<C>(x + k * features + i, which);
+        sum[k][0] = multiply_add(v, all<V>(inv_n), sum[k][0]);
       }
     });
     for (int k = 0; k < R; ++k) mean[k] = static_cast<C>(sums[0][k]);
@@ -50,7 +52,7 @@ JLN_INLINE void forward_together(const ForwardRows& a, int64_t row) {
         c = only<C>(c - all<V>(mean[k]), which);
         sum[k][1] += c;
       }
-      sum[k][0] += c * c;
+      sum[k][0] = multiply_add(c, c, sum[k][0]);
     }
   });
   const double count = static_cast<double>(features);
@@ -86,10 +88,14 @@ JLN_INLINE void forward_together(const ForwardRows& a, int64_t row) {
       __builtin_prefetch(x + (R + k) * features + i);  // the next rows
       V v = load<C>(x + k * features + i, which);
       // (x - mean - low) * rstd, with two roundings.
-      if constexpr (kCenter) v = (v - all<V>(mean[k])) * all<V>(rstd[k]) + all<V>(shift[k]);
-      else v = v * all<V>(rstd[k]);
-      if (gamma != nullptr) v = v * factor;
-      if (bias != nullptr) v = v + beta;
+      if constexpr (kCenter) {
+        v = multiply_add(v - all<V>(mean[k]), all<V>(rstd[k]), all<V>(shift[k]));
+      } else {
+        v = v * all<V>(rstd[k]);
+      }
+      if (gamma != nullptr && bias != nullptr) v = multiply_add(v, factor, beta);
+      else if (gamma != nullptr) v = v * factor;
+      else if (bias != nullptr) v = v + beta;
       store<C>(y + k * features + i, v, which);
     }
   });
@@ -112,15 +118,17 @@ void forward(const ForwardRows& a) {
   if constexpr (std::is_same_v<X, Y>) {  // the usual case; leave the others small
     if (a.features <= kShortRow) {
       for (; row + kTogether <= a.rows; row += kTogether) {
-        forward_together<X, Y, kCenter, kTogether>(a, row);
+        forward_together<X, Y, kCenter, kTogether, 1>(a, row);
       }
+      for (; row < a.rows; ++row) forward_together<X, Y, kCenter, 1, 1>(a, row);
     }
   }
-  for (; row < a.rows; ++row) forward_together<X, Y, kCenter, 1>(a, row);
+  for (; row < a.rows; ++row) forward_together<X, Y, kCenter, 1, 4>(a, row);
 }
 
 // R rows together, because gamma, dscale and dbias are then loaded once for all of them.
-template <class X, class DY, bool kCenter, int R>
+// U is as in the forward pass.
+template <class X, class DY, bool kCenter, int R, int U>
 JLN_INLINE void backward_together(const BackwardRows& a, int64_t row) {
   using C = Compute<X>;
   using V = Register<C>;
@@ -129,7 +137,8 @@ JLN_INLINE void backward_together(const BackwardRows& a, int64_t row) {
   const auto* gamma = static_cast<const C*>(a.gamma);
   const X* x = static_cast<const X*>(a.x) + row * features;
   const DY* dy = static_cast<const DY*>(a.dy) + row * features;
-  X* dx = static_cast<X*>(a.dx) + row * features;
+  X* dx = a.dx == nullptr ? nullptr : static_cast<X*>(a.dx) + row * features;
+  const X* written_next = dx == nullptr ? x : dx;
   C mean[R] = {}, shift[R] = {}, rstd[R];
   for (int k = 0; k < R; ++k) {
     rstd[k] = static_cast<const C*>(a.rstd)[row + k];
@@ -140,28 +149,31 @@ JLN_INLINE void backward_together(const BackwardRows& a, int64_t row) {
   }
   const auto x_hat = [&](int k, int64_t i, auto which) {
     const V c = load<C>(x + k * features + i, which);
-    if constexpr (kCenter) return (c - all<V>(mean[k])) * all<V>(rstd[k]) + all<V>(shift[k]);
-    else return c * all<V>(rstd[k]);
+    if constexpr (kCenter) {
+      return multiply_add(c - all<V>(mean[k]), all<V>(rstd[k]), all<V>(shift[k]));
+    } else {
+      return c * all<V>(rstd[k]);
+    }
   };
 
   double sums[2][R] = {};
-  constexpr int U = R == 1 ? 2 : 1;
   row_sums<R, U, 2>(features, sums, C{}, [&](int64_t i, auto which, V(*sum)[2]) {
     V factor = all<V>(C{1});
     if (gamma != nullptr) factor = load<C>(gamma + i, which);
     V d[R], along[R];
     for (int k = 0; k < R; ++k) {
-      __builtin_prefetch(dx + k * features + i, 1);  // written next
+      __builtin_prefetch(written_next + k * features + i, 1);
       const V h = only<C>(x_hat(k, i, which), which);
       d[k] = load<C>(dy + k * features + i, which);
       const V g = d[k] * factor;
       along[k] = d[k] * h;
-      sum[k][0] += g * h;
+      sum[k][0] = multiply_add(g, h, sum[k][0]);
       if constexpr (kCenter) sum[k][1] += g;
     }
     if (a.dscale != nullptr) accumulate<C>(a.dscale + i, a.padded, sum_of<V, R>(along));
     if (a.dbias != nullptr) accumulate<C>(a.dbias + i, a.padded, sum_of<V, R>(d));
   });
+  if (dx == nullptr) return;
 
   for (int k = 0; k < R; ++k) {
     double sum_along = sums[0][k];
@@ -183,8 +195,9 @@ JLN_INLINE void backward_together(const BackwardRows& a, int64_t row) {
       V g = load<C>(dy + k * features + i, which);
       if (gamma != nullptr) g = g * load<C>(gamma + i, which);
       if constexpr (kCenter) g = g - all<V>(mean_g);
-      V v = (g - x_hat(k, i, which) * all<V>(along_x_hat)) * all<V>(rstd[k]);
-      if constexpr (kCenter) v = v + all<V>(dmean_each);
+      V v = multiply_add(-x_hat(k, i, which), all<V>(along_x_hat), g);
+      if constexpr (kCenter) v = multiply_add(v, all<V>(rstd[k]), all<V>(dmean_each));
+      else v = v * all<V>(rstd[k]);
       if (dresidual_out != nullptr) v = v + load<C>(dresidual_out + i, which);
       store<C>(dx + k * features + i, v, which);
     });
@@ -198,11 +211,12 @@ void backward(const BackwardRows& a) {
     const int64_t row_bytes = a.features * int64_t{sizeof(X) + sizeof(DY)};
     if (kTogether * row_bytes <= kCachedBytes) {
       for (; row + kTogether <= a.rows; row += kTogether) {
-        backward_together<X, DY, kCenter, kTogether>(a, row);
+        backward_together<X, DY, kCenter, kTogether, 1>(a, row);
       }
+      for (; row < a.rows; ++row) backward_together<X, DY, kCenter, 1, 1>(a, row);
     }
   }
-  for (; row < a.rows; ++row) backward_together<X, DY, kCenter, 1>(a, row);
+  for (; row < a.rows; ++row) backward_together<X, DY, kCenter, 1, 2>(a, row);
 }
 
 template <class X, class Residual>

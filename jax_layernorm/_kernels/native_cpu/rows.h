@@ -39,7 +39,7 @@ struct BackwardRows {
   const void* dresidual_out;  // has the dtype of x
   const void* gamma;
   const void *mean, *mean_low, *rstd, *dmean, *drstd;
-  void* dx;
+  void* dx;  // null if it is not wanted
   double *dscale, *dbias;  // sums over rows, to which the kernel adds; see kSumWords
   int64_t padded;          // features, rounded up to a multiple of kPadding
 };

@@ -71,6 +71,33 @@ JLN_INLINE V all(C value) {
   return value - V{};  // value - 0, so that -0 stays -0
 }
 
+// a * b + c, rounded once where the processor has an instruction for it. The compiler must
+// not choose (-ffp-contract=off), because it could choose differently in two instances of
+// one formula, and then a row's bits would depend on how many rows are taken together.
+template <class V>
+JLN_INLINE V multiply_add(V a, V b, V c) {
+#if JLN_AVX512
+  if constexpr (sizeof(V) == 64 && sizeof(a[0]) == 4) {
+    return (V)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+  } else if constexpr (sizeof(V) == 64) {
+    return (V)_mm512_fmadd_pd((__m512d)a, (__m512d)b, (__m512d)c);
+  }
+#elif defined(__FMA__)
+  if constexpr (sizeof(V) == 32 && sizeof(a[0]) == 4) {
+    return (V)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+  } else if constexpr (sizeof(V) == 32) {
+    return (V)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+  }
+#elif defined(__aarch64__)
+  for (size_t i = 0; i < sizeof(V) / sizeof(a[0]); ++i) {
+    if constexpr (sizeof(a[0]) == 4) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    else c[i] = __builtin_fma(a[i], b[i], c[i]);
+  }
+  return c;
+#endif
+  return a * b + c;
+}
+
 // Keeps the first n lanes and sets the others to 0, even if they are NaN or inf.
 template <class C>
 JLN_INLINE Register<C> first(Register<C> v, int n) {

@@ -98,6 +98,7 @@ def backward(problem: Problem) -> Callable[..., _equations.BackwardOutputs]:
         drstd: None,
         *,
         spec: Any,
+        with_dx: bool,
         scale_shape: Any,
         bias_shape: Any,
     ) -> _equations.BackwardOutputs:
@@ -113,11 +114,12 @@ def backward(problem: Problem) -> Callable[..., _equations.BackwardOutputs]:
             _matrix(dy, rows),
             _matrix(dresidual_out, rows),
             spec=spec,
+            with_dx=with_dx,
             with_dscale=scale_shape is not None,
             with_dbias=bias_shape is not None,
         )
         return _equations.BackwardOutputs(
-            dx.reshape(x.shape),
+            None if dx is None else dx.reshape(x.shape),
             None if dscale is None else dscale.reshape(scale_shape),
             None if dbias is None else dbias.reshape(bias_shape),
         )

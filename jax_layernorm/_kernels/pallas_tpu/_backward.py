@@ -46,10 +46,11 @@ def backward(
     dresidual_out: Any,
     *,
     spec: NormSpec,
+    with_dx: bool,
     with_dscale: bool,
     with_dbias: bool,
 ) -> tuple[Any, Any, Any]:
-    """`dx`, and `dscale` and `dbias` as (1, features) of float32 or None."""
+    """`dx`, and `dscale` and `dbias` as (features,) of float32; None if not wanted."""
     rows, features = x.shape
     given: RowStatistics | None = statistics
     if x.dtype != jnp.float32:  # see the accuracy notes in `pallas_tpu`
@@ -101,7 +102,7 @@ def backward(
             (scale, parameter_spec),
         ],
         outputs=[
-            (jax.ShapeDtypeStruct(x.shape, x.dtype), row_spec),
+            (jax.ShapeDtypeStruct(x.shape, x.dtype) if with_dx else None, row_spec),
             (sums if with_dscale else None, sum_spec),
             (sums if with_dbias else None, sum_spec),
         ],
@@ -190,6 +191,12 @@ def _backward_kernel(
                 x = x - mean
             x_hat = x * rstd
             dy_x_hat = dy * x_hat
+            for ref, terms in ((dscale_ref, dy_x_hat), (dbias_ref, dy)):
+                if ref is not None:
+                    groups = terms.reshape(-1, SUBLANES, features)
+                    ref[0] += jnp.sum(groups, 0)
+            if dx_ref is None:
+                return
             g = dy if gamma is None else dy * gamma
             # `inv_n` is a factor of gamma here, for one multiplication less.
             dx = g - x_hat * jnp.sum(dy_x_hat * gamma_inv_n, 1, keepdims=True)
@@ -205,10 +212,6 @@ def _backward_kernel(
             if dresidual_out_ref is not None:
                 dx = dx + dresidual_out_ref[here, :].astype(jnp.float32)
             dx_ref[here, :] = dx.astype(dx_ref.dtype)
-            for ref, terms in ((dscale_ref, dy_x_hat), (dbias_ref, dy)):
-                if ref is not None:
-                    groups = terms.reshape(-1, SUBLANES, features)
-                    ref[0] += jnp.sum(groups, 0)
 
         _blocks.in_steps(blocks, step)
 
@@ -270,6 +273,8 @@ def _wide_kernel(
                     x_hat, dy = (jnp.where(exists, a, 0.0) for a in (x_hat, dy))
                 g, g_x_hat = dy, dy * x_hat
                 dscale, dbias = dscale + g_x_hat, dbias + dy
+                if dx_ref is None:
+                    continue
                 if gamma is not None:
                     g, g_x_hat = g * gamma, g_x_hat * gamma
                 tiles.store(x_hat_ref, row + q, column, x_hat)
@@ -282,6 +287,8 @@ def _wide_kernel(
                     ref[0, :, pl.ds(column, tiles.columns)] += sums
 
         tiles.each(first_pass)
+        if dx_ref is None:
+            return
         for ref in (sums_ref.g, sums_ref.g_x_hat):
             for first in range(0, blocks.rows, MIN_ROWS):
                 here = pl.ds(first, MIN_ROWS)

@@ -282,6 +282,10 @@ class Case {
     }
     compare(sum, scale, bias, y, mean, low, rstd, dy, dresidual_out, dmean, drstd, dx,
             dscale, dbias);
+    if (scale_groups_ <= 1 && bias_groups_ <= 1 && dscale_groups_ <= 1) {
+      rows_alone(f, b, kernels, pool);
+    }
+    parameters_alone(b, kernels, pool);
     for (const Array* a :
          {&x, &residual, &scale, &bias, &y, &residual_out, &mean, &low, &rstd, &dy,
           &dresidual_out, &dmean, &drstd, &dx, &dscale, &dbias}) {
@@ -290,6 +294,54 @@ class Case {
   }
 
  private:
+  // Some consecutive rows, as a problem without the other rows: the same bits.
+  void rows_alone(ForwardProblem f, BackwardProblem b, const RowKernels& kernels,
+                  Pool& pool) {
+    const int64_t first = random_() % rows_, rows = 1 + random_() % (rows_ - first);
+    std::deque<Array> results;
+    std::vector<std::pair<const char*, const Array*>> whole;
+    const auto from = [&](In& in, int64_t each) {
+      if (in.data == nullptr) return;
+      in.data = static_cast<const char*>(in.data) + first * each * kBytesOf[in.dtype];
+    };
+    const auto replace = [&](Out& out, int64_t each) {
+      if (out.data == nullptr) return;
+      results.push_back(empty(rows * each, out.dtype));
+      const char* data = static_cast<const char*>(out.data);
+      whole.emplace_back(data + first * each * kBytesOf[out.dtype], &results.back());
+      out.data = results.back().data();
+    };
+    f.rows = b.rows = rows;
+    for (In* in : {&f.x, &f.residual, &b.x, &b.dy, &b.dresidual_out}) from(*in, features_);
+    for (In* in : {&b.mean, &b.mean_low, &b.rstd, &b.dmean, &b.drstd}) from(*in, 1);
+    for (Out* out : {&f.y, &f.residual_out, &b.dx}) replace(*out, features_);
+    for (Out* out : {&f.mean, &f.mean_low, &f.rstd}) replace(*out, 1);
+    b.dscale = b.dbias = Out{};
+    check(run(f, kernels, pool) && run(b, kernels, pool), "rows alone: memory");
+    for (const auto& [data, alone] : whole) {
+      const auto bytes = static_cast<size_t>(alone->n * kBytesOf[alone->dtype]);
+      check(std::memcmp(data, alone->data(), bytes) == 0, "rows alone: other bits");
+    }
+  }
+
+  // The gradients of the parameters alone: the same bits.
+  void parameters_alone(BackwardProblem b, const RowKernels& kernels, Pool& pool) {
+    std::deque<Array> results;
+    b.dx = Out{};
+    std::vector<std::pair<const void*, const Array*>> both;
+    for (Out* out : {&b.dscale, &b.dbias}) {
+      if (out->data == nullptr) continue;
+      results.push_back(empty(out->groups * features_, out->dtype));
+      both.emplace_back(out->data, &results.back());
+      out->data = results.back().data();
+    }
+    check(run(b, kernels, pool), "parameters alone: memory");
+    for (const auto& [data, alone] : both) {
+      const auto bytes = static_cast<size_t>(alone->n * kBytesOf[alone->dtype]);
+      check(std::memcmp(data, alone->data(), bytes) == 0, "parameters alone: other bits");
+    }
+  }
+
   void compare(const Array& x, const Array& scale, const Array& bias, const Array& y,
                const Array& mean, const Array& low, const Array& rstd, const Array& dy,
                const Array& dresidual_out, const Array& dmean, const Array& drstd,
