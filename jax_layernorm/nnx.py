@@ -6,6 +6,7 @@ parameters and the dtype rules are Flax's.
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -290,7 +291,19 @@ def _ours(kind: type) -> type:
     ours = LayerNorm if issubclass(kind, nnx.LayerNorm) else RMSNorm
     if kind is _flaxs(kind):
         return ours
-    return type(kind.__name__, (kind, ours), {"__module__": kind.__module__})
+    namespace = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return _pickled_by_base(type(kind))(kind.__name__, (kind, ours), namespace)
+
+
+@functools.cache
+def _pickled_by_base(metaclass: type) -> type:
+    """A metaclass whose classes pickle as `_ours` of their first base.
+
+    Pickle would look for such a class by its name, and find the subclass of Flax's.
+    """
+    made = type("Replaced", (metaclass,), {})
+    copyreg.pickle(made, lambda kind: (_ours, (kind.__bases__[0],)))
+    return made
 
 
 def _call(

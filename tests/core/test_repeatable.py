@@ -1,10 +1,14 @@
-"""The same inputs give the same bits: again, jitted or not, from any thread."""
+"""The same inputs give the same bits: again, jitted or not, from any thread.
+
+And in a hand-written kernel, a row gives the same bits whatever the other rows are.
+"""
 
 import functools
 import itertools
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import implementations
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,3 +129,29 @@ def test_first_calls_at_once_compile_and_agree(jit, threads):
         results = list(pool.map(caller, range(threads)))
     for result in results[1:]:
         assert_same_bits(result, results[0])
+
+
+@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
+@pytest.mark.parametrize("features", (5, 768, 1025, 17000))
+@pytest.mark.parametrize("function", FUNCTIONS[2:], ids=label)
+def test_the_bits_of_a_row_do_not_depend_on_the_other_rows(function, features, dtype):
+    """Nor on how many there are: the CPU kernel takes up to four of them together."""
+    implementations.needed("native_cpu")
+    function = functools.partial(function, implementation="native_cpu")
+    rows = 11
+    params, arrays, _, dy = draw(FUNCTIONS[2], (rows, features), dtype=dtype)
+
+    def of_rows(params, arrays, dy):
+        def norm(arrays):
+            return function(params, *arrays, return_statistics=True)
+
+        out, vjp = jax.vjp(norm, arrays)
+        return out, vjp((dy, *jax.tree.map(jnp.cos, out[1:])))
+
+    run = jax.jit(of_rows)
+    whole = run(params, arrays, dy)
+    for first, count in ((0, 1), (10, 1), (3, 2), (8, 3), (1, 4), (4, 5), (2, 7)):
+        here = slice(first, first + count)
+        some_arrays, some_dy = jax.tree.map(lambda a: a[here], (arrays, dy))
+        alone = run(params, some_arrays, some_dy)
+        assert_same_bits(alone, jax.tree.map(lambda a: a[here], whole))

@@ -2,6 +2,7 @@
 
 import itertools
 
+import flax.linen
 import flax.nnx
 import jax
 import jax.numpy as jnp
@@ -189,6 +190,44 @@ def test_over_a_mapped_axis_values_and_gradients_are_flaxs(api, name):
         for norm in as_functions(api, name, axis_name="parts")
     )
     assert_agree(ours, flaxs)
+
+
+def replaced_in_linen(x):
+    with jln.linen.replace():
+        norm = flax.linen.LayerNorm(use_bias=False, use_scale=False, axis_name="parts")
+        return norm.apply({}, x)
+
+
+def replaced_in_nnx(x):
+    options = {"use_bias": False, "use_scale": False, "axis_name": "parts"}
+    norm = flax.nnx.LayerNorm(8, **options, rngs=flax.nnx.Rngs(0))
+    return jln.nnx.replace(norm)(x)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    (
+        lambda x: jln.layer_norm({}, x, axis_name="parts"),
+        lambda x: jln.layer_norm({}, x, axis_name="parts", custom_vjp=False),
+        replaced_in_linen,
+        replaced_in_nnx,
+    ),
+    ids=("layer_norm", "custom_vjp=False", "linen, replaced", "nnx, replaced"),
+)
+@pytest.mark.usefixtures("strict_promotion")
+def test_over_a_mapped_axis_no_rank_is_promoted(norm):
+    x = jnp.arange(80.0).reshape(2, 5, 8)
+    rows = x.swapaxes(0, 1).reshape(5, 16)  # of 8 elements each in two parts
+
+    def loss(x):
+        return jnp.sum(jax.vmap(norm, axis_name="parts")(x) ** 3)
+
+    expected = jln.layer_norm({}, rows).reshape(5, 2, 8).swapaxes(0, 1)
+    got = jax.vmap(norm, axis_name="parts")(x)
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+    dx = jax.grad(lambda x: jnp.sum(jln.layer_norm({}, x) ** 3))(rows)
+    expected = dx.reshape(5, 2, 8).swapaxes(0, 1)
+    np.testing.assert_allclose(jax.grad(loss)(x), expected, rtol=1e-4, atol=1e-6)
 
 
 @for_all

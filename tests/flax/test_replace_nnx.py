@@ -1,8 +1,10 @@
 """`jax_layernorm.nnx.replace`: an NNX model as it is, its norms computed by ours."""
 
 import copy
+import multiprocessing
 import pickle
 
+import cloudpickle
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from flax_models import (
     LAYERS,
     TOKENS,
     Gemma,
+    NormWithASize,
     X,
     assert_close,
     count_ops,
@@ -214,6 +217,32 @@ def test_abstract_models_are_replaced():
 def test_replaced_norms_can_be_pickled():
     ours = jln.nnx.replace(norm())
     assert_equal(pickle.loads(pickle.dumps(ours))(X), ours(X))
+
+
+def in_a_new_process(function, *arguments):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+WAYS = {
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "cloudpickle": lambda model: cloudpickle.loads(cloudpickle.dumps(model)),
+    "deepcopy": copy.deepcopy,
+    "split": lambda model: nnx.merge(*pickle.loads(pickle.dumps(nnx.split(model)))),
+    "multiprocessing": lambda model: in_a_new_process(copy.copy, model),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_replaced_subclasses_can_be_pickled(way):
+    """The class is one that `replace` made, under the name of the user's."""
+    model = jln.nnx.replace(NormWithASize(nnx.Rngs(0)))
+    copied = WAYS[way](model)
+    assert isinstance(copied, NormWithASize)
+    assert isinstance(copied, jln.nnx.LayerNorm)
+    assert_equal(copied(X), model(X))
+    if way != "cloudpickle":  # which brings the class along
+        assert type(copied) is type(model)
 
 
 def test_orbax_checkpoint_from_before_loads_after_and_back(tmp_path):

@@ -175,6 +175,22 @@ def test_statistics_are_right(features, rows, dtype, interpreted):
     oracle.assert_close(rstd, expected.rstd)
 
 
+@pytest.mark.parametrize("itemsizes", ((4, 4), (2, 2), (4, 2, 2, 4)))
+@pytest.mark.parametrize("features", (2304, 4096, 8192))
+def test_the_order_of_a_rows_sums_does_not_depend_on_how_many_rows_there_are(
+    features, itemsizes
+):
+    """Values would not show it: interpreted, the sums are XLA's."""
+    for module, backward in ((_forward, False), (_backward, True)):
+        cuts = [
+            _blocks.blocks(rows, features, itemsizes, module.STEP, backward=backward)
+            for rows in (*range(1, 300), 1024, 5000)
+        ]
+        tiles = [_blocks.tiles(cut, features, module.TILE_REGISTERS) for cut in cuts]
+        assert len({tile.rows for tile in tiles}) > 1
+        assert len({tile.columns for tile in tiles}) == 1
+
+
 def test_the_rsqrt_for_bfloat16_is_right_to_a_part_of_its_last_place():
     squares = np.geomspace(1e-37, 3e38, 1000, dtype="float32")
     right = 1 / np.sqrt(squares.astype("float64"))

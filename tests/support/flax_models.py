@@ -101,6 +101,13 @@ class GemmaBlock(nnx.Module):
         return x + norms.after_mlp(self.mlp(norms.before_mlp(x)))
 
 
+class NormWithASize(nnx.LayerNorm):
+    """A subclass with arguments of its own, in a module that a new process can import."""
+
+    def __init__(self, rngs):
+        super().__init__(FEATURES, epsilon=0.25, rngs=rngs)
+
+
 class Gemma(nnx.Module):
     """Layers in a list, or stacked and scanned."""
 

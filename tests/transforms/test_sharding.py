@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import jax_layernorm as jln
 
+pytestmark = pytest.mark.usefixtures("strict_promotion")
+
 FEATURES = 64
 COLLECTIVES = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
 LAYOUTS = {  # of x and of the parameters over a mesh of 2 ("data") by 4 ("model")

@@ -1,5 +1,6 @@
 """Norms come through every transformation with the values of plain `jax.numpy`."""
 
+import contextlib
 import functools
 
 import implementations
@@ -72,7 +73,8 @@ def plain_all_together(params, x):
 
 def adaptive_bfloat16(params, x, **options):
     """bfloat16, with parameters that broadcast against `x`."""
-    params = jax.tree.map(lambda p: p * jnp.ones_like(x[..., :1]), params)
+    shape = x.shape  # each example has parameters
+    params = jax.tree.map(lambda p: jnp.broadcast_to(p, shape), params)
     return jln.layer_norm(params, x.astype(jnp.bfloat16), dtype="float64", **options)
 
 
@@ -161,6 +163,17 @@ def ways(name, variant):
     return [{"implementation": "xla"}, *by_jax]
 
 
+@contextlib.contextmanager
+def strict():
+    with (
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict"),
+        jax.checking_leaks(),
+        jax.debug_nans(True),
+    ):
+        yield
+
+
 @pytest.mark.parametrize(("name", "variant"), RUNS)
 def test_every_transformation_gives_the_values_of_plain_jax_numpy(name, variant):
     norm, plain, tolerance = VARIANTS[variant]
@@ -172,7 +185,9 @@ def test_every_transformation_gives_the_values_of_plain_jax_numpy(name, variant)
         reason = REFUSED.get((options.get("implementation"), name))
         transformed = functools.partial(run, name, functools.partial(norm, **options))
         if reason is None:
-            assert_same(transformed(), expected, tolerance)
+            with strict():
+                result = transformed()
+            assert_same(result, expected, tolerance)
         else:  # what is named runs or raises
             with pytest.raises(NotImplementedError, match=reason):
                 transformed()

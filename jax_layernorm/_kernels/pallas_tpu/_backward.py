@@ -239,7 +239,7 @@ def _wide_kernel(
 ) -> None:
     """Rows that do not: two passes over tiles of columns, `g` and `x_hat` in between."""
     inv_n = 1 / x_ref.shape[1]
-    tiles = _blocks.tiles(x_ref.shape, TILE_REGISTERS)
+    tiles = _blocks.tiles(blocks, x_ref.shape[1], TILE_REGISTERS)
     *means, rstd_ref = jax.tree.leaves(sums_ref.given)
 
     def run(block: Any) -> None:

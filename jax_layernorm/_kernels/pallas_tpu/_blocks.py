@@ -42,12 +42,14 @@ class Blocks(NamedTuple):
       unroll: steps written out one behind the other.
       shared: consecutive blocks whose statistics are read or written at once, 128 rows
         of them or more, which fill a register row; 1 where a block has as many itself.
+      full: rows that a block has where the matrix has enough of them.
     """
 
     rows: int
     step: int
     unroll: int
     shared: int
+    full: int
 
     @property
     def span(self) -> int:
@@ -81,7 +83,7 @@ def blocks(
         BLOCK_BYTES // (width * max(itemsizes)),
         rows_that_fit(width, itemsizes, backward),
     )
-    block = power_of_two(max(MIN_ROWS, fit))
+    block = full = power_of_two(max(MIN_ROWS, fit))
     while block > LANES and pl.cdiv(rows, block) < 2 * CORES:
         block //= 2  # two blocks a core at least, for transfers to overlap with work
     least = LANES if is_narrow(features) else MIN_ROWS
@@ -90,7 +92,7 @@ def blocks(
         block //= 2
     at_once = power_of_two(min(block, max(MIN_ROWS, step // width)))
     written_out = min(UNROLL, block // at_once) if at_once * width <= 1 << 18 else 1
-    return Blocks(block, at_once, written_out, max(1, LANES // block))
+    return Blocks(block, at_once, written_out, max(1, LANES // block), full)
 
 
 def round_up(n: int, multiple: int) -> int:
@@ -291,18 +293,19 @@ class Tiles(NamedTuple):
         return parts[0]
 
 
-def tiles(block: tuple[int, int], registers: int) -> Tiles:
+def tiles(blocks: Blocks, features: int, registers: int) -> Tiles:
     """About so many registers a tile, an even number across where `features` allows.
 
-    A register of bfloat16 holds 8 rows by 256 columns.
+    A register of bfloat16 holds 8 rows by 256 columns. The columns are those of a full
+    block, because they determine the order of a row's sums, which must not depend on how
+    many rows there are.
     """
-    block_rows, features = block
     across = features // LANES
-    rows = min(block_rows, LANES)
-    most = min(across, max(2, registers * SUBLANES // rows))
+    most = min(across, max(2, registers * SUBLANES // min(blocks.full, LANES)))
     fitting = [n for n in range(1, most + 1) if across % n == 0]
     even = [n for n in fitting if n % 2 == 0]
-    return Tiles(rows, LANES * (even or fitting)[-1], block_rows, features)
+    columns = LANES * (even or fitting)[-1]
+    return Tiles(min(blocks.rows, LANES), columns, blocks.rows, features)
 
 
 def call(

@@ -184,7 +184,7 @@ def _wide_kernel(
     shared: int,
 ) -> None:
     """Rows that do not fit into registers: passes over tiles of columns."""
-    tiles = _blocks.tiles(x_ref.shape, TILE_REGISTERS)
+    tiles = _blocks.tiles(blocks, x_ref.shape[1], TILE_REGISTERS)
     features = x_ref.shape[1]
     norm = math.sqrt(features)
     stored_ref = x_ref if residual_ref is None else residual_out_ref
