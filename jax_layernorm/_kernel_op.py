@@ -14,12 +14,12 @@ for ahead-of-time compilation and for export.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching, mlir, partial_eval
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -55,6 +55,20 @@ class Batched(NamedTuple):
     """Turns what that use returns into results batched along their first axis."""
 
 
+class Pruned(NamedTuple):
+    """A use of an op that computes fewer of its results.
+
+    Attributes:
+      static: the keyword arguments of that use.
+      unneeded: the positions of the operands that it does not need.
+      results: which of the flat results it computes.
+    """
+
+    static: dict[str, Any]
+    unneeded: tuple[int, ...]
+    results: Sequence[bool]
+
+
 class KernelOp:
     """`op(*operands, **static)` computes `reference(*operands, **static)`.
 
@@ -70,6 +84,8 @@ class KernelOp:
         reference is to be batched instead. Called under `jax.vmap`; `dims` are the
         positions of the mapped axis in each operand, None if it is not mapped.
       batched_reference: `batched_reference(problem)` is called if the reference is.
+      prune: `prune(static, used)` returns a `Pruned`; `used` says which of the flat
+        results a program uses, at least one. Called when the program is lowered.
       shard: `shard(problem, results)` returns a `_sharding.Shard`, one device's part of
         the op, or None if XLA is to partition it. Called at lowering for a program that
         XLA would partition; `results` are the op's results, abstract and flat.
@@ -84,11 +100,13 @@ class KernelOp:
         check: Callable[[Problem], None],
         batch: Callable[..., Batched | None],
         batched_reference: Callable[[Problem], None],
+        prune: Callable[[dict[str, Any], Sequence[bool]], Pruned],
         shard: Callable[..., Any],
     ):
         self.name = name
         self.reference = reference
         self._select, self._check, self._shard = select, check, shard
+        self._pruned = prune
         self._batched, self._batched_reference = batch, batched_reference
         self._traced = functools.lru_cache(maxsize=4096)(self._trace)
         self._compiled = functools.lru_cache(maxsize=4096)(self._compile)
@@ -98,6 +116,7 @@ class KernelOp:
         primitive.def_abstract_eval(self._abstract_eval)
         ad.primitive_jvps[primitive] = self._jvp
         batching.primitive_batchers[primitive] = self._batch
+        partial_eval.dce_rules[primitive] = self._prune
         mlir.register_lowering(primitive, functools.partial(self._lower, ""))
         for platform in PLATFORMS:
             lower = functools.partial(self._lower, platform)
@@ -175,6 +194,26 @@ class KernelOp:
         except NotImplementedError:
             return False
         return True
+
+    def _prune(self, used: list[bool], equation: Any) -> tuple[list[bool], Any]:
+        if not any(used):
+            return [False] * len(equation.invars), None
+        static = dict(equation.params["static"])
+        pruned = self._pruned(static, used)
+        treedef = equation.params["treedef"]
+        needed = list(jax.tree.unflatten(treedef, [True] * treedef.num_leaves))
+        operands = list(jax.tree.unflatten(treedef, equation.invars))
+        for position in pruned.unneeded:
+            needed[position] = jax.tree.map(lambda _: False, needed[position])
+            operands[position] = None
+        invars, treedef = jax.tree.flatten(tuple(operands))
+        items = tuple(sorted(pruned.static.items()))
+        outvars = zip(equation.outvars, pruned.results, strict=True)
+        return jax.tree.leaves(needed), equation.replace(
+            invars=invars,
+            outvars=[var for var, computed in outvars if computed],
+            params={"treedef": treedef, "static": items},
+        )
 
     def _lower(
         self, platform: str, ctx: Any, *args: Any, treedef: Any, static: Any

@@ -13,13 +13,12 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
-from jax_layernorm import _batching, _equations, _kernels, _sharding
+from jax_layernorm import _batching, _equations, _kernels, _pruning, _sharding
 from jax_layernorm._equations import (
     BackwardOutputs,
     ForwardOutputs,
     NormSpec,
     RowStatistics,
-    Shape,
 )
 from jax_layernorm._kernel_op import KernelOp
 from jax_layernorm._results import Normalized, Statistics
@@ -35,11 +34,22 @@ forward_op, backward_op = (
         check=_kernels.check,
         batch=batch,
         batched_reference=_kernels.batched_reference,
+        prune=prune,
         shard=_sharding.shard_of,
     )
-    for name, reference, batch in (
-        (_equations.FORWARD, _equations.forward, _batching.batch_forward),
-        (_equations.BACKWARD, _equations.backward, _batching.batch_backward),
+    for name, reference, batch, prune in (
+        (
+            _equations.FORWARD,
+            _equations.forward,
+            _batching.batch_forward,
+            _pruning.prune_forward,
+        ),
+        (
+            _equations.BACKWARD,
+            _equations.backward,
+            _batching.batch_backward,
+            _pruning.prune_backward,
+        ),
     )
 )
 
@@ -109,21 +119,13 @@ def _forward(
     return function(*operands, spec=spec, with_statistics=with_statistics)
 
 
-class _Type(NamedTuple):
-    shape: Shape
-    dtype: jnp.dtype
-
-
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class _Types:
-    """Of the arguments whose gradients may be wanted, and of the arithmetic."""
+    """`primals` are the shapes and dtypes of x, residual, scale and bias, or None."""
 
-    x: _Type
-    residual: _Type | None
-    scale: _Type | None
-    bias: _Type | None
-    compute: jnp.dtype
+    primals: tuple[Any, ...]
+    compute: jnp.dtype  # of the arithmetic
 
 
 class _Wanted(NamedTuple):
@@ -174,10 +176,11 @@ class _Saved(NamedTuple):
 def _forward_rule(
     spec: NormSpec, *primals: CustomVJPPrimal | None
 ) -> tuple[Normalized, _Saved]:
-    x, residual, scale, bias, mask = (p and p.value for p in primals)
+    operands: list[Any] = [None if p is None else p.value for p in primals]
+    x, _, scale, _, mask = operands
     wanted = _Wanted(*(p is not None and p.perturbed for p in primals[:4]))
     with_statistics = wanted.x_hat or spec.return_statistics
-    out = _forward(spec, (x, residual, scale, bias, mask), with_statistics)
+    out = _forward(spec, tuple(operands), with_statistics)
     statistics: Any = checkpoint_name(out.statistics, STATISTICS_NAME)
     out = out._replace(statistics=statistics)
     nothing = jnp.zeros(0)
@@ -186,8 +189,8 @@ def _forward_rule(
         statistics = RowStatistics(no_mean, no_mean, nothing)
     normalized = x if out.residual_out is None else out.residual_out
     types = [
-        None if a is None else _Type(a.shape, a.dtype)
-        for a in (x, residual, scale, bias)
+        None if a is None else jax.ShapeDtypeStruct(a.shape, a.dtype)
+        for a in operands[:4]
     ]
     return _public(out, spec), _Saved(
         x=normalized if wanted.x_hat else nothing,
@@ -195,26 +198,21 @@ def _forward_rule(
         mask=mask,
         statistics=statistics,
         wanted=wanted.as_array(),
-        types=_Types(*types, _equations.compute_dtype(normalized.dtype)),
+        types=_Types(tuple(types), _equations.compute_dtype(normalized.dtype)),
     )
 
 
 def _backward_rule(
     spec: NormSpec, saved: _Saved, cotangents: Normalized
 ) -> tuple[Array | None, ...]:
-    wanted, types = _Wanted.of_array(saved.wanted), saved.types
+    wanted = _Wanted.of_array(saved.wanted)
     cotangents = jax.tree.map(_none_if_zero, cotangents)
     dx, dscale, dbias = _gradients(spec, saved, wanted, cotangents)
-    gradients = zip(
-        wanted,
-        (dx, dx, dscale, dbias),
-        (types.x, types.residual, types.scale, types.bias),
-        strict=True,
-    )
+    gradients = zip(wanted, (dx, dx, dscale, dbias), saved.types.primals, strict=True)
     return (
         *(
-            gradient.astype(type_.dtype) if is_wanted and gradient is not None else None
-            for is_wanted, gradient, type_ in gradients
+            gradient.astype(primal.dtype) if needed and gradient is not None else None
+            for needed, gradient, primal in gradients
         ),
         None,
     )
@@ -229,10 +227,11 @@ def _gradients(
 ) -> BackwardOutputs:
     """The gradients that are wanted; a cotangent that is zero is None."""
     dy, types = cotangents.y, saved.types
+    *_, scale, bias = types.primals
     dmean, drstd = cotangents.statistics or (None, None)
     dmean = dmean if spec.center else None
-    scale_shape = types.scale.shape if wanted.scale and dy is not None else None
-    bias_shape = types.bias.shape if wanted.bias and dy is not None else None
+    scale_shape = scale.shape if wanted.scale and dy is not None else None
+    bias_shape = bias.shape if wanted.bias and dy is not None else None
     if dy is None and dmean is None and drstd is None:  # nothing of the norm is used
         return BackwardOutputs(cotangents.residual_out, None, None)
     if not wanted.dx and scale_shape is None:

@@ -1,7 +1,8 @@
-"""A safetensors file as a mapping; safetensors is imported when there is one to read."""
+"""safetensors files as a mapping; safetensors is imported when there is one to read."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,11 +13,52 @@ import numpy as np
 _DTYPES = ("BF16", "F16", "F32", "F64")
 
 
+INDEX = ".index.json"
+
+
+def open_safetensors(path: str | os.PathLike[str]) -> Mapping[str, np.ndarray]:
+    """The floating arrays in a file, or in the files that an index lists."""
+    path = os.fspath(path)
+    return SafetensorsIndex(path) if path.endswith(INDEX) else SafetensorsFile(path)
+
+
+class SafetensorsIndex(Mapping[str, np.ndarray]):
+    """A checkpoint in several files, each opened when one of its arrays is asked for."""
+
+    def __init__(self, path: str) -> None:
+        _check_is_file(path)
+        with open(path, encoding="utf-8") as file:
+            try:
+                self._files: dict[str, str] = dict(json.load(file)["weight_map"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    "state_dict must be the index of safetensors files, JSON with a"
+                    f" 'weight_map'; got {path!r}, which is not ({error!r}). Pass the path"
+                    " of the safetensors file itself."
+                ) from error
+        self._folder = os.path.dirname(path)
+        self._opened: dict[str, SafetensorsFile] = {}
+
+    def __getitem__(self, key: str) -> np.ndarray:
+        file = self._files[key]
+        if file not in self._opened:
+            self._opened[file] = SafetensorsFile(os.path.join(self._folder, file))
+        return self._opened[file][key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._files
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
 class SafetensorsFile(Mapping[str, np.ndarray]):
     """The floating arrays in a safetensors file, each read when it is asked for."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        path = os.fspath(path)
+    def __init__(self, path: str) -> None:
         try:
             import safetensors
         except ImportError as error:
@@ -26,16 +68,15 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
                 " names to arrays.",
                 name="safetensors",
             ) from error
-        if not os.path.isfile(path):
-            raise FileNotFoundError(
-                "state_dict must be a mapping, or the path of a safetensors file; got"
-                f" {path!r}, where there is no file. In a Hugging Face folder it is"
-                " model.safetensors, or one of those that model.safetensors.index.json"
-                " lists."
-            )
+        _check_is_file(path)
         try:
             self._file: Any = safetensors.safe_open(path, framework="np")
         except safetensors.SafetensorError as error:
+            if _is_truncated(path):
+                raise ValueError(
+                    "state_dict must be a whole safetensors file; got"
+                    f" {path!r}, which is truncated ({error}). Copy or download it again."
+                ) from error
             raise ValueError(
                 f"state_dict must be in the safetensors format; got {path!r}, which is"
                 f" not ({error}). Load a torch file with"
@@ -60,3 +101,38 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._keys)
+
+
+def _check_is_file(path: str) -> None:
+    if not os.path.isfile(path):
+        raise FileNotFoundError(
+            "state_dict must be a mapping, or the path of a safetensors file; got"
+            f" {path!r}, where there is no file. In a Hugging Face folder it is"
+            f" model.safetensors, or model.safetensors{INDEX} if there are several."
+        )
+
+
+def _is_truncated(path: str) -> bool:
+    """Whether a file begins as the format does, and is shorter than it says.
+
+    That is the length of the header in 8 bytes, the header in JSON, and the data.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        begins = file.read(1)
+        rest = os.fstat(file.fileno()).st_size - 8
+        if begins not in (b"{", b"") or length > 100_000_000:  # the format's limit
+            return False
+        if rest < length:
+            return True
+        file.seek(8)
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            return False
+    ends = [
+        entry["data_offsets"][1]
+        for name, entry in header.items()
+        if name != "__metadata__"
+    ]
+    return rest - length < max(ends, default=0)

@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jax_layernorm._arguments import DTYPES, check_array, check_epsilon
+from jax_layernorm._arguments import DTYPES, check_array, check_epsilon, check_features
 from jax_layernorm._functions import Params, layer_norm
-from jax_layernorm._safetensors import SafetensorsFile
+from jax_layernorm._safetensors import open_safetensors
 
 _SPELLINGS = {"scale": ("weight", "gamma"), "bias": ("bias", "beta")}
 _EPSILON: float = inspect.signature(layer_norm).parameters["epsilon"].default
@@ -40,6 +40,7 @@ def from_torch(
     state_dict: Mapping[str, Any] | str | os.PathLike[str],
     prefix: str = "",
     *,
+    features: int | tuple[int, ...] | None = None,
     epsilon: float | None = None,
 ) -> dict[str, Array]:
     """The parameters of one norm in a torch or Hugging Face state dict.
@@ -50,11 +51,14 @@ def from_torch(
 
     Args:
       state_dict: a mapping from names to torch tensors, NumPy or JAX arrays, of dtype
-        bfloat16, float16, float32 or float64; or the path of a safetensors file, of
-        which only this norm is read.
+        bfloat16, float16, float32 or float64; or the path of a safetensors file, or of
+        the index of several. Only this norm is read from the files.
       prefix: the name of the norm's module, as "encoder.layer.0.output.LayerNorm", with
         or without a dot at its end. Under it lie `weight` (or `gamma`) and `bias` (or
         `beta`), or one of them.
+      features: the shape that the parameters must have, as for `init_params`. A scale
+        without a bias must have one axis unless this says otherwise, because it could
+        also be the weight of a linear layer or an embedding.
       epsilon: what the parameters were trained with, to be reminded where it is not
         the default here: torch's `LayerNorm` has 1e-5, BERT 1e-12.
 
@@ -70,9 +74,10 @@ def from_torch(
       KeyError: nothing lies under `prefix`; the message lists the nearest keys.
       TypeError: `state_dict` is neither mapping nor path, or a value is no array of a
         dtype that a norm can have.
-      ValueError: a scale and a bias of different shapes, one parameter in both
-        spellings, a batch norm, a float64 array without x64, a tensor without data, or
-        a file of another format.
+      ValueError: the parameters are not those of a norm: a scale and a bias of different
+        shapes, a lone weight of several axes, a module with submodules, or a batch norm.
+        Or one parameter in both spellings, a float64 array without x64, a tensor without
+        data, a truncated file, or one of another format.
       ImportError: a path is given, and safetensors is not installed.
 
     Example:
@@ -89,7 +94,7 @@ def from_torch(
       [-1.   2.5]
     """
     if isinstance(state_dict, str | os.PathLike):
-        state_dict = SafetensorsFile(state_dict)
+        state_dict = open_safetensors(state_dict)
     elif not isinstance(state_dict, Mapping):
         raise TypeError(
             "state_dict must be a mapping from names to arrays, or the path of a"
@@ -106,12 +111,23 @@ def from_torch(
             f" batch norm, for there is {prefix + 'running_mean'!r}. Its parameters"
             " mean something else; give the prefix of another module."
         )
+    inside = [
+        key
+        for key in state_dict
+        if isinstance(key, str) and "." in key.removeprefix(prefix) != key
+    ]
+    if prefix and inside:
+        raise ValueError(
+            "state_dict must hold a norm under the prefix, which has no submodules; got"
+            f" {inside[0]!r} there. Give the prefix of the norm itself."
+        )
     arrays = {
         name: _as_jax(f"state_dict[{key!r}]", state_dict[key])
         for name, key in found.items()
         if key is not None and state_dict[key] is not None
     }
     _check_shapes(arrays, "state_dict", found)
+    _check_features(arrays, found, features)
     if epsilon is not None:
         _warn_of(check_epsilon(epsilon))
     return arrays
@@ -223,6 +239,31 @@ def _check_shapes(
         f"{bias} must have the shape of {scale}, {arrays['scale'].shape}; got"
         f" {arrays['bias'].shape}. Is this a linear layer, and no norm?"
     )
+
+
+def _check_features(
+    arrays: Mapping[str, Array], keys: Mapping[str, str | None], features: Any
+) -> None:
+    """That these could be the parameters of a norm over `features`."""
+    for name, array in arrays.items():
+        shape, key = array.shape, f"state_dict[{keys[name]!r}]"
+        if features is not None:
+            if shape != (expected := check_features(features)):
+                raise ValueError(
+                    f"{key} must have the shape given as features, {expected}; got"
+                    f" {shape}. Is this another norm?"
+                )
+        elif len(shape) != 1 and shape.count(1) >= len(shape) - 1:
+            raise ValueError(
+                f"{key} must have one axis, or the shape given as features; got {shape}."
+                f" Reshape it to ({array.size},)."
+            )
+        elif len(shape) != 1 and len(arrays) == 1:
+            raise ValueError(
+                f"{key} must have one axis, or the shape given as features; got {shape},"
+                " which may be a linear layer or an embedding. If it is a norm over"
+                f" several axes, pass features={shape}."
+            )
 
 
 def _warn_of(epsilon: float) -> None:

@@ -20,6 +20,14 @@ from run_folder import UsageError, check_folder
 from training import TrainingConfig
 
 
+def folder(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(
+            f"must name a folder; got {text!r}. Give . for the current one"
+        )
+    return Path(text)
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Where the text comes from and where the files go."""
@@ -31,8 +39,12 @@ class RunConfig:
         metavar="FILE",
         help="Train on this file; None: on the reference texts that Python carries.",
     )
-    out: Path = Path("decoder-run")
-    """Folder for the files of the run."""
+    out: Path = simple_parsing.field(  # noqa: RUF009
+        default=Path("decoder-run"),
+        type=folder,
+        metavar="FOLDER",
+        help="Folder for the files of the run.",
+    )
     resume: bool = simple_parsing.field(default=False, action="store_true")
     """Go on from the last checkpoint in --out, if it has one."""
     checkpoint_every: int = 100

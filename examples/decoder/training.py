@@ -60,6 +60,12 @@ class TrainingConfig:
                 "weight_decay must be finite and not negative; "
                 f"got {self.weight_decay}. Try 0.1."
             )
+        if not self.learning_rate * self.weight_decay < 1:
+            raise ValueError(
+                "learning_rate * weight_decay must be below 1, because a step multiplies"
+                " the weights by 1 minus it; got"
+                f" {self.learning_rate} * {self.weight_decay}. Lower --weight-decay."
+            )
         if not (0 <= self.seed < 2**32):
             raise ValueError(f"seed must be from 0 to 4294967295; got {self.seed}.")
 

@@ -76,7 +76,7 @@ def test_scale_offset_is_added_to_scale_in_float32(function):
     np.testing.assert_array_equal(norm({}, x), function({}, x))  # no scale, no offset
 
 
-@pytest.mark.parametrize("epsilon", (0.0, 1e-12, 1e-5, 1.0, 100))
+@pytest.mark.parametrize("epsilon", (0.0, 1e-12, 1e-5, 1.0, 100, np.array(0.5)))
 @pytest.mark.parametrize("function", NORMS)
 def test_epsilon_is_added_to_the_variance(function, epsilon):
     x = draw(6, 32)

@@ -1,7 +1,9 @@
 """What the backward pass keeps alive and computes: only what a wanted gradient needs."""
 
 import functools
+import re
 
+import implementations
 import jax
 import jax.numpy as jnp
 import pytest
@@ -212,3 +214,47 @@ def test_statistics_that_nothing_uses_have_no_cotangents():
     assert [*cotangents(used(1))] == []  # residual + x
     assert [*cotangents(used(2))] == [[True, False, True, False]]  # mean
     assert [*cotangents(used(3))] == [[True, False, False, True]]  # rstd
+
+
+def lowered(function, *arguments):
+    return jax.jit(function).lower(*arguments).as_text()
+
+
+@pytest.mark.parametrize("around", ("nothing", "remat", "scan", "vmap"))
+def test_a_program_that_uses_some_gradients_computes_those(around):
+    """As an optimizer does that freezes parameters after the gradients were taken."""
+    implementations.needed("native_cpu")
+    params, x = jln.init_params(FEATURES), jnp.ones((ROWS, FEATURES))
+    run = functools.partial(AROUND[around], jln.layer_norm)
+
+    def some(*names):
+        def step(params, x):
+            grads, dx = jax.grad(lambda p, x: jnp.sum(run(p, x) ** 2), (0, 1))(
+                params, x
+            )
+            return [{**grads, "x": dx}[name] for name in names]
+
+        return lowered(step, params, x)
+
+    def computed(program):
+        found = re.findall(r"with_(dx|dscale|dbias) = (true|false)", program)
+        return {name for name, flag in found if flag == "true"}
+
+    assert computed(some("x", "scale", "bias")) == {"dx", "dscale", "dbias"}
+    assert computed(some("x", "bias")) == {"dx", "dbias"}
+    assert computed(some("x")) == {"dx"}
+    scanned = {"dx"} if around == "scan" else set()
+    assert computed(some("scale")) == {"dscale"} | scanned
+
+
+def test_statistics_that_a_program_does_not_use_are_not_computed():
+    implementations.needed("native_cpu")
+
+    def norm(x):
+        return jln.layer_norm({}, x, return_statistics=True)
+
+    x = jnp.ones((ROWS, FEATURES))
+    assert "with_statistics = true" in lowered(norm, x)
+    assert "with_statistics = true" in lowered(lambda x: norm(x)[1].rstd, x)
+    assert "with_statistics = false" in lowered(lambda x: norm(x)[0], x)
+    assert "custom_call" not in lowered(lambda x: (norm(x), x)[1], x)

@@ -280,6 +280,11 @@ BAD = {
         ["--weight-decay", "-1"],
         "weight_decay must be finite and not negative; got -1.0",
     ),
+    "decay beyond zero": (
+        ["--weight-decay", "1e30"],
+        "got 0.003 .* Lower --weight-decay.",
+    ),
+    "out without a name": (["--out", ""], "argument --out: must name a folder; got ''"),
     "a negative seed": (["--seed", "-1"], "seed must be from 0 to 4294967295; got -1"),
     "no validation": (
         ["--validate-every", "0"],

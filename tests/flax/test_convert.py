@@ -1,5 +1,6 @@
 """`jln.convert`: torch's names and back, bit for bit, and errors that name the key."""
 
+import json
 import subprocess
 import sys
 
@@ -231,6 +232,23 @@ def test_a_missing_key_is_named_beside_the_nearest(prefix, near, fix):
             ValueError,
             "batch norm, for there is 'n.running_mean'",
         ),
+        (
+            {"n.weight": np.ones((8, 8), "f")},
+            ValueError,
+            r"must have one axis.*got \(8, 8\), which may be a linear layer or an"
+            r" embedding.*features=\(8, 8\)",
+        ),
+        (
+            {"n.weight": np.ones((8, 1, 1), "f"), "n.bias": np.ones((8, 1, 1), "f")},
+            ValueError,
+            r"one axis.*got \(8, 1, 1\). Reshape it to \(8,\)",
+        ),
+        ({"n.weight": np.array(1, "f")}, ValueError, r"got \(\). Reshape it to \(1,\)"),
+        (
+            {"n.gamma": np.ones(8, "f"), "n.dwconv.weight": np.ones((8, 1, 7, 7), "f")},
+            ValueError,
+            "no submodules; got 'n.dwconv.weight'",
+        ),
         ({"n.weight": np.ones(3, int)}, TypeError, r"\['n.weight'\].*got dtype int"),
         ({"n.weight": [1.0, 2.0]}, TypeError, r"\['n.weight'\].*got builtins.list"),
         ([("n.weight", np.ones(3))], TypeError, r"list.*module.state_dict\(\)"),
@@ -242,6 +260,14 @@ def test_what_cannot_be_a_norm_is_an_error_that_names_the_key(
 ):
     with pytest.raises(error, match=message):
         jln.convert.from_torch(state_dict, "n")
+
+
+def test_features_are_the_shape_that_the_parameters_must_have():
+    weight = {"n.weight": np.ones((3, 5), "f")}
+    params = jln.convert.from_torch(weight, "n", features=(3, 5))
+    assert params["scale"].shape == (3, 5)
+    with pytest.raises(ValueError, match=r"given as features, \(5,\); got \(3, 5\)"):
+        jln.convert.from_torch(weight, "n", features=5)
 
 
 @pytest.mark.parametrize(
@@ -310,6 +336,33 @@ class TestFiles:
         ):
             jln.convert.from_torch(other)
 
+    def test_an_index_is_followed_to_its_files(self, tmp_path):
+        other = parameters(prefix="other.")
+        self.save_file(parameters(), tmp_path / "model-1-of-2.safetensors")
+        self.save_file(other, tmp_path / "model-2-of-2.safetensors")
+        files = dict.fromkeys(parameters(), "model-1-of-2.safetensors")
+        files |= dict.fromkeys(other, "model-2-of-2.safetensors")
+        files["lost.weight"] = "model-3-of-2.safetensors"
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+        for name in (NAME, "other"):
+            params = jln.convert.from_torch(index, name)
+            assert params["scale"].tolist() == [1, 2, 3, 4]
+        with pytest.raises(FileNotFoundError, match=r"model-3-of-2.safetensors'"):
+            jln.convert.from_torch(index, "lost")
+        index.write_text("{}")
+        with pytest.raises(ValueError, match="JSON with a 'weight_map'"):
+            jln.convert.from_torch(index, NAME)
+
+    def test_a_truncated_file_is_called_truncated(self, tmp_path):
+        path = tmp_path / "model.safetensors"
+        self.save_file(parameters(features=1000), path)
+        whole = path.read_bytes()
+        for length in (8, 9, 50, len(whole) // 2, len(whole) - 1):
+            path.write_bytes(whole[:length])
+            with pytest.raises(ValueError, match="which is truncated"):
+                jln.convert.from_torch(path, NAME)
+
 
 class TestTorch:
     """Torch's own modules, and ours with their parameters."""
@@ -333,7 +386,7 @@ class TestTorch:
         for parameter in module.parameters():
             self.torch.nn.init.normal_(parameter)
         x = self.torch.randn(3, 4, 8)
-        params = jln.convert.from_torch(module.state_dict())
+        params = jln.convert.from_torch(module.state_dict(), features=shape)
         norm = jln.layer_norm if kind == "LayerNorm" else jln.rms_norm
         axis = tuple(range(-len(shape), 0))
         y = norm(params, x.numpy(), axis=axis, epsilon=1e-3)

@@ -138,6 +138,21 @@ def test_scale_offset_dtype_and_missing_parameters_count(interpreted):
 
 
 @pytest.mark.parametrize(("features", "dtype"), ((128, "bfloat16"), (2304, "float32")))
+def test_gradients_of_parameters_alone_are_right(features, dtype, interpreted):
+    params, x, _, dy, _ = draw((20, features), dtype=dtype)
+
+    def gradients(params):
+        norm = functools.partial(jln.layer_norm, x=x, implementation="pallas_tpu")
+        return jax.vjp(norm, params)[1](dy)
+
+    (dparams,) = jax.jit(gradients)(params)
+    assert interpreted.ran == ["forward", "backward"]
+    expected = oracle.norm(x, **params, dy=dy)
+    oracle.assert_close(dparams["scale"], expected.dscale, against=expected.dscale_size)
+    oracle.assert_close(dparams["bias"], expected.dbias, against=expected.dbias_size)
+
+
+@pytest.mark.parametrize(("features", "dtype"), ((128, "bfloat16"), (2304, "float32")))
 def test_residual_is_added_in_both_passes(features, dtype, interpreted):
     """A float32 stream to which a `dtype` branch is added."""
     params, x, _, dy, _ = draw((50, features), dtype=dtype)

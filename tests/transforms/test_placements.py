@@ -100,7 +100,9 @@ def every_pair(explicit):
 )
 def test_every_pair_of_placements_is_as_in_plain_jax_numpy(function, kinds):
     mesh = jax.make_mesh((2, 2), BOTH, axis_types=kinds)
-    explicit = [name for name, kind in zip(BOTH, kinds, strict=True) if kind is EXPLICIT]
+    explicit = [
+        name for name, kind in zip(BOTH, kinds, strict=True) if kind is EXPLICIT
+    ]
     run_plain = functools.partial(with_gradients, functools.partial(plain, function))
     run_ours = functools.partial(with_gradients, functools.partial(ours, function))
     expected = {}

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from jax import lax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -332,3 +333,34 @@ def test_two_axis_names_split_the_rows_over_both():
         for norm in (split, whole)
     ]
     assert_same(*gradients)
+
+
+@pytest.mark.parametrize("replicated", (False, True))
+def test_statistics_of_split_features_come_out_of_shard_map(replicated):
+    """They vary by their type; stacked or averaged, with gradients of whole rows."""
+    x = draw(4, FEATURES, seed=0)
+
+    def statistics(x, **options):
+        return jln.layer_norm({}, x, return_statistics=True, **options)[1]
+
+    def local(x):
+        out = statistics(x, axis_name="model")
+        return jax.tree.map(lambda a: lax.pmean(a, "model"), out) if replicated else out
+
+    split = jax.shard_map(
+        local,
+        mesh=jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,)),
+        in_specs=P(None, "model"),
+        out_specs=P() if replicated else P(None, "model"),
+    )
+
+    def loss(statistics, x):
+        mean, rstd = (a[:, :1] for a in statistics(x))
+        return jnp.sum(jnp.sin(mean) * rstd)
+
+    for got, expected in zip(split(x), statistics(x), strict=True):
+        np.testing.assert_allclose(got, expected.repeat(got.shape[1], 1), rtol=1e-5)
+    got, expected = (
+        jax.grad(functools.partial(loss, f))(x) for f in (split, statistics)
+    )
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)

@@ -53,7 +53,9 @@ def assert_same(actual, expected):
 def test_a_name_given_by_the_caller_joins_an_explicit_split_of_the_features(function):
     if jax.__version_info__ >= (0, 12):
         pytest.skip("JAX 0.12 lowers no psum over an axis of vmap under explicit axes")
-    x = draw(4, 2, 16) * jnp.array([1.0, 5.0])[None, :, None]  # rows, parts, features of each
+    x = (
+        draw(4, 2, 16) * jnp.array([1.0, 5.0])[None, :, None]
+    )  # rows, parts, features of each
 
     def parts(x):
         norm = functools.partial(function, {}, axis_name="i")

@@ -143,7 +143,7 @@ def backward(problem: Problem) -> Callable[..., BackwardOutputs]:
         ]
         results = [jax.ShapeDtypeStruct(matrix, x.dtype)] * with_dx
         results += [g for g in gradients if g is not None]
-        results = jax.ffi.ffi_call(BACKWARD, results)(
+        computed = jax.ffi.ffi_call(BACKWARD, results)(
             *operands,
             has_scale=scale is not None,
             has_dresidual_out=dresidual_out is not None,
@@ -156,8 +156,9 @@ def backward(problem: Problem) -> Callable[..., BackwardOutputs]:
             scale_offset=np.float64(spec.scale_offset),
         )
         shapes = (x.shape if with_dx else None, scale_shape, bias_shape)
+        left = iter(computed)
         return BackwardOutputs(
-            *(None if s is None else results.pop(0).reshape(s) for s in shapes)
+            *(None if shape is None else next(left).reshape(shape) for shape in shapes)
         )
 
     return run

@@ -1,0 +1,34 @@
+"""What an op need not compute where a program does not use all its results.
+
+`jax.jit` asks for this when it lowers a program: an optimizer that freezes some
+parameters, say, does not use their gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jax_layernorm._kernel_op import Pruned
+
+FOR_DX_ALONE = (1, 5, 6, 7)
+"""Operands of the backward op: scale, and the cotangents of the sum and the statistics."""
+
+
+def prune_forward(static: dict[str, Any], used: Sequence[bool]) -> Pruned:
+    """`used` are `y`, the sum if there is a residual, and the statistics."""
+    statistics = static["with_statistics"] * (3 if static["spec"].center else 1)
+    if statistics and not any(used[-statistics:]):
+        kept = [True] * (len(used) - statistics) + [False] * statistics
+        return Pruned(static | {"with_statistics": False}, (), kept)
+    return Pruned(static, (), [True] * len(used))
+
+
+def prune_backward(static: dict[str, Any], used: Sequence[bool]) -> Pruned:
+    """`used` are those of `dx`, `dscale` and `dbias` that the op computes."""
+    names = ("with_dx", "scale_shape", "bias_shape")
+    computed = [name for name in names if static[name] not in (False, None)]
+    unused = [name for name, use in zip(computed, used, strict=True) if not use]
+    nothing = {name: False if name == "with_dx" else None for name in unused}
+    unneeded = FOR_DX_ALONE if "with_dx" in unused else ()
+    return Pruned(static | nothing, unneeded, used)
