@@ -280,7 +280,9 @@ def check_scale_offset(scale_offset: Any) -> float:
 def _check_static_number(name: str, value: Any, example: str) -> float:
     if isinstance(value, jax.core.Tracer):
         received = "a traced value"
-    elif (isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))) or (
+    elif (
+        isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
+    ) or (
         isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.kind in "fiu"
     ):
         return float(value)

@@ -6,6 +6,11 @@ computed from the same `x`, and keeps that in memory in place of `x`. An optimiz
 barrier around the mean ends the one, one around the cotangents the other: all that
 depends on them stays where it is, and the rest is free to share passes over `x`.
 
+On CPU, a forward pass that saves nothing needs no barrier: XLA makes one fusion of it, and
+goes over a row while it is in the cache. What counts then are the operations on whole rows
+and whole arrays, so sums are divided by N, and not their terms (`divide_sums`). A row whose
+plain sum overflows, beyond 1e38 / features, is then NaN.
+
 On GPU `dscale` and `dbias` are summed in two steps. In one, of up to some 4096 rows, XLA
 takes them by a few of the processor's cores, and writes `dy * x_hat` to memory in float32
 before; the sums of parts of the rows are one pass with `dx`.
@@ -43,6 +48,8 @@ def not_default(problem: Problem) -> str | None:
 
 
 def forward(problem: Problem) -> Callable[..., _equations.ForwardOutputs]:
+    if problem.platform == "cpu" and not problem.static["with_statistics"]:
+        return functools.partial(_equations.forward, divide_sums=True)
     if problem.platform in BARRIER_PLATFORMS:
         return functools.partial(_equations.forward, barrier=lax.optimization_barrier)
     if problem.platform == "tpu":

@@ -97,3 +97,36 @@ def test_each_device_of_a_shard_map_sums_its_rows_in_parts(check_vma):
     )
     lowered = jax.jit(sharded).trace(params, x, x).lower(lowering_platforms=("cuda",))
     assert "tensor<32x128x40xf32>" in lowered.as_text()
+
+
+@pytest.mark.parametrize("offset", (0, 1e2, 1e4, 1e6))
+@pytest.mark.parametrize(
+    ("shape", "axis", "masked"),
+    (
+        ((64, 1000), -1, False),
+        ((7, 33), -1, True),
+        ((4, 96, 14, 14), 1, False),
+        ((8, 30, 16), (1, 2), True),
+        ((1, 100_001), -1, False),
+    ),
+)
+def test_on_cpu_an_offset_costs_no_accuracy_where_nothing_is_saved(
+    shape, axis, masked, offset
+):
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=shape) + offset, "float32")
+    mask = rng.random(shape) < 0.8 if masked else None
+    options = {"axis": axis, "mask": mask}
+    norm = jax.jit(
+        functools.partial(jln.layer_norm, {}, implementation="xla", **options)
+    )
+    assert "optimization_barrier" not in norm.lower(x).as_text()
+    oracle.assert_close(norm(x), oracle.norm(x, **options).y)
+
+
+@pytest.mark.parametrize("x", (1e30, 1e34))
+def test_on_cpu_squares_that_overflow_give_the_bias_where_nothing_is_saved(x):
+    x = jnp.asarray([[x, -x, x, 0.5 * x], [x, x, x, x], [1, 2, 3, 4]], "float32")
+    y = jln.layer_norm({"bias": jnp.ones(4)}, x, implementation="xla")
+    np.testing.assert_array_equal(y[:2], 1)
+    assert np.isfinite(y[2]).all() and y[2].std() > 0.9
