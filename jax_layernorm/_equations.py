@@ -189,12 +189,12 @@ def forward(
                 c = keep(c - mean)
                 mean_low, square = _mean_and_square(c, count, spec.axes)
             square = _without_mean(square, mean_low, count)
-        c = keep(c - mean_low)
+        c = c - mean_low
     if spec.axis_names:
         mean, mean_low, shift, variance = _merge(
             mean, mean_low, square, count, spec.axis_names
         )
-        c = c if shift is None else keep(c + shift)
+        c = c if shift is None else c + shift
     else:
         variance = square * (1 / _at_least_one(count))
     rstd = lax.rsqrt(variance + spec.epsilon)

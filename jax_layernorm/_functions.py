@@ -70,7 +70,8 @@ def layer_norm(
     Statistics and arithmetic are in float32 (float64 for float64 `x`), by a
     compensated two-pass formula, so a large common offset of a row costs no accuracy.
     Where the sum of squared deviations overflows (in float32, deviations above about
-    1e19) rstd is 0, and `y` is the bias; NaN and inf stay in their row.
+    1e19) rstd is 0, and `y` is the bias; NaN and inf stay in their row. Elements above
+    1e38 / features may make a row NaN.
 
     Args:
       params: a mapping with optional `scale` and `bias`, any floating dtype; missing or

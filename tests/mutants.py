@@ -42,10 +42,12 @@ CORE = "core/test_properties core/test_guards core/test_functions"
 MIXED = "transforms/test_sharding_mixed"
 SHARDED = f"{MIXED} transforms/test_sharding"
 TESTS = {  # of each file, the quickest and most telling first
-    "_equations.py": f"{CORE} core/test_saved core/test_edges {MIXED}",
-    "_normalize.py": f"{CORE} core/test_saved {MIXED} transforms/test_transforms",
+    "_equations.py": f"{CORE} core/test_saved core/test_edges {SHARDED}",
+    "_normalize.py": f"{CORE} core/test_saved {MIXED} transforms/test_kernel_op "
+    "transforms/test_transforms",
     "_batching.py": "transforms/test_kernel_op transforms/test_transforms",
     "_sharding.py": f"{SHARDED} transforms/test_kernel_op",
+    "_pruning.py": "core/test_saved",
     "_kernel_op.py": f"transforms/test_kernel_op {MIXED} transforms/test_transforms",
     "_kernels/__init__.py": "core/test_explain transforms/test_kernel_op "
     "core/test_explain_placements",

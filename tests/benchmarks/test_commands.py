@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("benchmarks.support", reason="no benchmarks here")
 
 COMMANDS = (
-    "accuracy", "compile_only", "cpu", "decoder_step", "overhead", "run", "tpu_kernels",
-    "tpu_layers",
+    "accuracy", "compile_only", "cpu", "cpu_without_kernel", "decoder_step", "overhead",
+    "run", "tpu_kernels", "tpu_layers",
 )  # fmt: skip
 
 
@@ -76,3 +76,16 @@ def test_overhead(command, tmp_path, capsys):
     expected |= {("import", "jax"), ("import", "ours")}
     assert {(r["what"], r["which"]) for r in results} == expected
     assert all(r["ms"] > 0 for r in results)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="it measures CPUs")
+def test_cpu_without_kernel(command, tmp_path, capsys):
+    path = tmp_path / "cpu.json"
+    command("cpu_without_kernel").main(
+        ["--cases", "last axis, 1000x1000", "--dtypes", "float32", "--programs"]
+        + ["inference", "--repetitions", "1", "--json", str(path)]
+    )
+    assert "ms of xla, and the others' over that" in capsys.readouterr().out
+    (result,) = json.loads(path.read_text())["results"]
+    assert [*result["ms"]] == ["xla", "flax", "flax two-pass"]
+    assert min(result["ms"].values()) > 0

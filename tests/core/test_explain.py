@@ -114,3 +114,26 @@ def test_the_command_prints_versions_devices_and_the_choices():
     assert f"jax {jax.__version__}" in printed
     assert "cpu device(s)" in printed
     assert printed.count("tpu   xla") == 5
+
+
+@pytest.mark.parametrize(
+    ("implementation", "reason"),
+    (
+        (None, "jax.vmap maps parameters alone"),
+        ("xla", "jax.vmap maps parameters alone"),
+        (
+            "native_cpu",
+            "implementation='native_cpu' cannot run the norm with its mapped",
+        ),
+    ),
+)
+def test_parameters_that_are_mapped_alone_are_the_reason(implementation, reason):
+    implementations.needed("native_cpu")
+    norm = functools.partial(jln.layer_norm, implementation=implementation)
+    with _kernels.record_decisions() as decisions:
+        jax.eval_shape(
+            jax.vmap(norm, (0, None)), {"scale": jnp.ones((3, 8))}, jnp.ones((4, 8))
+        )
+    (decision,) = decisions
+    assert decision.chosen == "xla"
+    assert decision.reasons["native_cpu"].startswith(reason)
