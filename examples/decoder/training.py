@@ -64,7 +64,7 @@ class TrainingConfig:
             raise ValueError(
                 "learning_rate * weight_decay must be below 1, because a step multiplies"
                 " the weights by 1 minus it; got"
-                f" {self.learning_rate} * {self.weight_decay}. Lower --weight-decay."
+                f" {self.learning_rate} * {self.weight_decay}. Lower one of them."
             )
         if not (0 <= self.seed < 2**32):
             raise ValueError(f"seed must be from 0 to 4294967295; got {self.seed}.")

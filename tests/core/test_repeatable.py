@@ -131,9 +131,17 @@ def test_first_calls_at_once_compile_and_agree(jit, threads):
         assert_same_bits(result, results[0])
 
 
-@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
-@pytest.mark.parametrize("features", (5, 768, 1025, 17000))
-@pytest.mark.parametrize("function", FUNCTIONS[2:], ids=label)
+@pytest.mark.parametrize(
+    ("function", "features", "dtype"),
+    (
+        (jln.add_layer_norm, 5, "float32"),
+        (jln.add_rms_norm, 768, "float32"),
+        (jln.add_layer_norm, 768, "bfloat16"),
+        (jln.add_layer_norm, 1025, "float32"),
+        (jln.add_rms_norm, 17000, "bfloat16"),
+        (jln.add_layer_norm, 17000, "float32"),
+    ),
+)
 def test_the_bits_of_a_row_do_not_depend_on_the_other_rows(function, features, dtype):
     """Nor on how many there are: the CPU kernel takes up to four of them together."""
     implementations.needed("native_cpu")
@@ -150,7 +158,7 @@ def test_the_bits_of_a_row_do_not_depend_on_the_other_rows(function, features, d
 
     run = jax.jit(of_rows)
     whole = run(params, arrays, dy)
-    for first, count in ((0, 1), (10, 1), (3, 2), (8, 3), (1, 4), (4, 5), (2, 7)):
+    for first, count in ((10, 1), (3, 2), (8, 3), (1, 4), (2, 7)):
         some = functools.partial(jax.lax.slice_in_dim, start_index=first,
                                  limit_index=first + count)  # fmt: skip
         alone = run(params, *jax.tree.map(some, (arrays, dy)))
