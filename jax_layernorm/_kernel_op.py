@@ -193,7 +193,8 @@ class KernelOp:
             return False
         return True
 
-    def _prune(self, used: list[bool], equation: Any) -> tuple[list[bool], Any]:
+    def _prune(self, used: list[bool], *rest: Any) -> tuple[list[bool], Any]:
+        equation = rest[-1]  # from JAX 0.12 on after the operands that are in use
         if not any(used):
             return [False] * len(equation.invars), None
         static = dict(equation.params["static"])
