@@ -94,7 +94,6 @@ print(bridge.backends_are_initialized())
     assert printed == "False\n"
 
 
-@pytest.mark.parametrize("name", ["linen", "nnx"])
 @pytest.mark.parametrize(
     "statement",
     [
@@ -103,17 +102,20 @@ print(bridge.backends_are_initialized())
         "import jax_layernorm.{} as module",
     ],
 )
-def test_modules_load_on_first_use_however_they_are_named(statement, name):
+def test_modules_load_on_first_use_however_they_are_named(statement):
     printed = run(
         f"""
 import jax_layernorm, sys
-print("jax_layernorm.{name}" in sys.modules)
-{statement.format(name)}
-print(module.LayerNorm.__module__, module.RMSNorm.__name__)
-print(module is jax_layernorm.{name} is sys.modules["jax_layernorm.{name}"])
+for name in ("linen", "nnx"):
+    print("jax_layernorm." + name in sys.modules)
+    exec({statement!r}.format(name))
+    print(module.LayerNorm.__module__, module.RMSNorm.__name__)
+    print(module is getattr(jax_layernorm, name) is sys.modules["jax_layernorm." + name])
 """
     )
-    assert printed == f"False\njax_layernorm.{name} RMSNorm\nTrue\n"
+    assert printed == "".join(
+        f"False\njax_layernorm.{name} RMSNorm\nTrue\n" for name in ("linen", "nnx")
+    )
 
 
 def test_unknown_attribute_is_an_attribute_error():

@@ -73,9 +73,10 @@ def test_twenty_runs_give_the_same_bits_jitted_or_not(function, shape, dtype, ma
     *arguments, dy = draw(function, shape, dtype=dtype, masked=masked)
     jitted = jax.jit(functools.partial(gradients, function))
     first = jitted(*arguments, dy)
-    for _ in range(RUNS):
+    for i in range(RUNS):
         assert_same_bits(jitted(*arguments, dy), first)
-        assert_same_bits(gradients(function, *arguments, dy), first)
+        if i % 5 == 0:  # op by op takes long
+            assert_same_bits(gradients(function, *arguments, dy), first)
     alone = forward(function, *arguments)
     assert_same_bits(alone, first[0])
     assert_same_bits(jax.jit(functools.partial(forward, function))(*arguments), alone)

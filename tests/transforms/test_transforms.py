@@ -165,12 +165,12 @@ def ways(name, variant):
 
 @contextlib.contextmanager
 def strict(name):
-    """JAX's checks; that of leaks, which takes long, for every sixth case."""
-    every_sixth = sorted(CASES).index(name) % 6 == 0
+    """JAX's checks; that of leaks, which takes long, for every 20th case."""
+    every_20th = sorted(CASES).index(name) % 20 == 0
     with (
         jax.numpy_rank_promotion("raise"),
         jax.numpy_dtype_promotion("strict"),
-        jax.checking_leaks() if every_sixth else contextlib.nullcontext(),
+        jax.checking_leaks() if every_20th else contextlib.nullcontext(),
         jax.debug_nans(True),
     ):
         yield
