@@ -239,18 +239,20 @@ def _gradients(
         if bias_shape is not None:
             dbias = _equations.bias_gradient(dy, saved.mask, bias_shape, types.compute)
         return BackwardOutputs(None, None, dbias)
+    for_dx = [saved.scale, cotangents.residual_out, dmean, drstd]
+    if not wanted.dx:
+        for_dx = [None] * 4
+    scale, *others = for_dx
     function: Callable[..., Any] = backward_op
     if _kernels.needs_equations(spec, custom_vjp=True):
         function = _equations.backward
     gradients: Any = function(
         saved.x,
-        saved.scale if wanted.dx else None,
+        scale,
         saved.mask,
         saved.statistics,
         jnp.zeros_like(saved.x, spec.dtype) if dy is None else dy,
-        cotangents.residual_out,
-        dmean,
-        drstd,
+        *others,
         spec=spec,
         with_dx=wanted.dx,
         scale_shape=scale_shape,

@@ -190,8 +190,17 @@ def test_only_wanted_gradients_are_computed(around):
     assert ops == ([(True, False, True)] if around == "scan" else [])
 
 
-def test_statistics_that_nothing_uses_have_no_cotangents():
-    """Nor has the sum of an add, if nothing but `y` is used."""
+def cotangents(jaxpr):
+    """Of y, the sum and the statistics: which the backward ops in a program get."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == _equations.BACKWARD:
+            operands = jax.tree.unflatten(equation.params["treedef"], equation.invars)
+            yield [operand is not None for operand in operands[-4:]]
+        for inner in jaxprs_in_params(equation.params):
+            yield from cotangents(inner)
+
+
+def test_results_that_nothing_uses_have_no_cotangents():
     x = jnp.ones((ROWS, FEATURES))
 
     def used(which):
@@ -201,20 +210,22 @@ def test_statistics_that_nothing_uses_have_no_cotangents():
 
         return jax.make_jaxpr(jax.grad(loss))(x).jaxpr
 
-    def cotangents(jaxpr):
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == _equations.BACKWARD:
-                operands = jax.tree.unflatten(
-                    equation.params["treedef"], equation.invars
-                )
-                yield [operand is not None for operand in operands[-4:]]
-            for inner in jaxprs_in_params(equation.params):
-                yield from cotangents(inner)
-
     assert [*cotangents(used(0))] == [[True, False, False, False]]  # y
     assert [*cotangents(used(1))] == []  # residual + x
     assert [*cotangents(used(2))] == [[True, False, True, False]]  # mean
     assert [*cotangents(used(3))] == [[True, False, False, True]]  # rstd
+
+
+def test_the_gradient_of_scale_needs_the_cotangent_of_y_alone():
+    x = jnp.ones((ROWS, FEATURES))
+
+    def loss(scale):
+        params = {"scale": scale}
+        out = jln.add_layer_norm(params, x, x, return_statistics=True)
+        return sum(jnp.sum(leaf * scale[0]) for leaf in jax.tree.leaves(out))
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss))(jnp.ones(FEATURES)).jaxpr
+    assert [*cotangents(jaxpr)] == [[True, False, False, False]]
 
 
 def lowered(function, *arguments):
