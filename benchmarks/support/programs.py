@@ -1,7 +1,8 @@
 """Programs that contain a norm. Each is a function and its abstract arguments.
 
 inference  the forward pass alone: `(params, x) -> y`
-forward    the forward pass under differentiation: what it saves is an output too
+forward    the forward pass under differentiation: what it saves is an output too, except
+           x and the parameters, which are there already and which XLA would copy
 backward   `(what forward saved, dy) -> dparams, dx`
 joint      forward and backward in one jit: `(params, x, dy) -> y, dx, dscale, dbias`
 add        the norm of a residual sum: `(params, x, residual) -> y, residual_out`
@@ -92,7 +93,12 @@ def inference(norm: Norm, shape: Shape, dtype: Any) -> Program:
 
 
 def forward(norm: Norm, shape: Shape, dtype: Any) -> Program:
-    return Program(functools.partial(jax.vjp, norm), _arrays(1, shape, dtype))
+    def run(params: Any, x: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+        y, vjp = jax.vjp(norm, params, x)
+        given = {id(array) for array in jax.tree.leaves((params, x))}
+        return y, [array for array in jax.tree.leaves(vjp) if id(array) not in given]
+
+    return Program(run, _arrays(1, shape, dtype))
 
 
 def backward(norm: Norm, shape: Shape, dtype: Any) -> Program:
