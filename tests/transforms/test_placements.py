@@ -17,6 +17,8 @@ from jax.sharding import PartitionSpec as P
 
 import jax_layernorm as jln
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 ROWS, FEATURES = 4, 8
 BOTH = ("data", "model")

@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import jax_layernorm as jln
 
-pytestmark = pytest.mark.usefixtures("strict_promotion")
+pytestmark = pytest.mark.usefixtures("strict_promotion", "quick_compilation")
 
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 FUNCTIONS = (jln.layer_norm, jln.rms_norm)
