@@ -22,14 +22,29 @@ def open_safetensors(path: str | os.PathLike[str]) -> Mapping[str, np.ndarray]:
     return SafetensorsIndex(path) if path.endswith(INDEX) else SafetensorsFile(path)
 
 
-class SafetensorsIndex(Mapping[str, np.ndarray]):
+class _Arrays(Mapping[str, np.ndarray]):
+    """Names that are known without reading the arrays."""
+
+    _names: Mapping[str, Any]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class SafetensorsIndex(_Arrays):
     """A checkpoint in several files, each opened when one of its arrays is asked for."""
 
     def __init__(self, path: str) -> None:
         _check_is_file(path)
         with open(path, encoding="utf-8") as file:
             try:
-                self._files: dict[str, str] = dict(json.load(file)["weight_map"])
+                self._names = dict(json.load(file)["weight_map"])
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     "state_dict must be the index of safetensors files, JSON with a"
@@ -40,22 +55,13 @@ class SafetensorsIndex(Mapping[str, np.ndarray]):
         self._opened: dict[str, SafetensorsFile] = {}
 
     def __getitem__(self, key: str) -> np.ndarray:
-        file = self._files[key]
+        file = self._names[key]
         if file not in self._opened:
             self._opened[file] = SafetensorsFile(os.path.join(self._folder, file))
         return self._opened[file][key]
 
-    def __contains__(self, key: object) -> bool:
-        return key in self._files
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-
-class SafetensorsFile(Mapping[str, np.ndarray]):
+class SafetensorsFile(_Arrays):
     """The floating arrays in a safetensors file, each read when it is asked for."""
 
     def __init__(self, path: str) -> None:
@@ -82,7 +88,7 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
                 f" not ({error}). Load a torch file with"
                 " torch.load(path, weights_only=True), and pass what it returns."
             ) from error
-        self._keys = dict.fromkeys(self._file.keys())
+        self._names = dict.fromkeys(self._file.keys())
 
     def __getitem__(self, key: str) -> np.ndarray:
         dtype = self._file.get_slice(key).get_dtype()
@@ -92,15 +98,6 @@ class SafetensorsFile(Mapping[str, np.ndarray]):
                 f" got {dtype}. Is this a norm's parameter?"
             )
         return self._file.get_tensor(key)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._keys
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
 
 
 def _check_is_file(path: str) -> None:
