@@ -34,7 +34,7 @@ $(VENV)/bin/python:
 # because pip makes a new build environment each time, and scikit-build-core then discards
 # what it compiled in another one.
 $(VENV)/.package: $(VENV)/bin/python pyproject.toml CMakeLists.txt \
-    $(wildcard jax_layernorm/_kernels/native_cpu/*.cc jax_layernorm/_kernels/native_cpu/*.h)
+    $(wildcard jax_layernorm/_kernels/native_cpu/*.cc jax_layernorm/_kernels/native_cpu/*.h jax_layernorm/_kernels/cuda/*.cc)
 	$(BIN)/python -m pip install --quiet --editable '.[flax]'
 	@touch $@
 

@@ -20,7 +20,6 @@ from jax.typing import DTypeLike
 from jax_layernorm._kernels import KERNELS
 
 Implementation = Literal["xla", "native_cpu", "pallas_tpu", "cuda"]
-NOT_YET = ("cuda",)
 """Names of the public contract that this version does not provide."""
 
 DTYPES = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)))
@@ -308,15 +307,10 @@ def check_implementation(name: Any, *, custom_vjp: bool) -> str | None:
     if name is None:
         return None
     known = ", ".join(map(repr, KERNELS))
-    if not isinstance(name, str) or name not in (*KERNELS, *NOT_YET):
+    if not isinstance(name, str) or name not in KERNELS:
         raise ValueError(
             f"implementation must be None or one of {known}; got {name!r}. None takes the"
             " best that can run."
-        )
-    if name not in KERNELS:
-        raise NotImplementedError(
-            f"implementation must be one that this version has, {known}; got {name!r},"
-            " which is still to come. Pass None to choose automatically."
         )
     if not custom_vjp and name != "xla":
         raise ValueError(

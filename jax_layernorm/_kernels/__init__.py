@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, Protocol
 from jax_layernorm import _equations
 from jax_layernorm._equations import NormSpec
 from jax_layernorm._kernel_op import Problem
-from jax_layernorm._kernels import native_cpu, pallas_tpu, xla
+from jax_layernorm._kernels import cuda, native_cpu, pallas_tpu, xla
 
 
 class Kernel(Protocol):
@@ -56,6 +56,7 @@ class Kernel(Protocol):
 
 
 KERNELS: dict[str, Kernel] = {
+    "cuda": cuda,
     "native_cpu": native_cpu,
     "pallas_tpu": pallas_tpu,
     "xla": xla,

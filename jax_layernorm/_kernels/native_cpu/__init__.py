@@ -9,17 +9,10 @@ float64), sums in several partial sums of fixed order. The results do not depend
 number of threads; they may differ by roundings between kinds of processors.
 
 Limits: what `_rows.as_rows` says; not in exported programs, where XLA knows no such call.
-The library is compiled when the package is installed; without it nothing is lost but
-speed. It is loaded at import, because a process may run a compiled program that another
-one saved, and then lowers nothing.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import pathlib
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -35,10 +28,8 @@ from jax_layernorm._equations import (
     RowStatistics,
 )
 from jax_layernorm._kernel_op import Problem
-from jax_layernorm._kernels import _rows
+from jax_layernorm._kernels import _library, _rows
 
-LIBRARY = "libjax_layernorm_cpu.so"
-FORWARD, BACKWARD = "jax_layernorm_forward", "jax_layernorm_backward"
 platforms = ("cpu",)
 
 
@@ -79,7 +70,7 @@ def forward(problem: Problem) -> Callable[..., ForwardOutputs]:
             *_each(scale, (-1, rows.features)),
             *_each(bias, (-1, rows.features)),
         ]
-        y, *rest = jax.ffi.ffi_call(FORWARD, results)(
+        y, *rest = jax.ffi.ffi_call(_library.CPU_FORWARD, results)(
             *operands,
             has_residual=residual is not None,
             has_scale=scale is not None,
@@ -143,7 +134,7 @@ def backward(problem: Problem) -> Callable[..., BackwardOutputs]:
         ]
         results = [jax.ShapeDtypeStruct(matrix, x.dtype)] * with_dx
         results += [g for g in gradients if g is not None]
-        computed = jax.ffi.ffi_call(BACKWARD, results)(
+        computed = jax.ffi.ffi_call(_library.CPU_BACKWARD, results)(
             *operands,
             has_scale=scale is not None,
             has_dresidual_out=dresidual_out is not None,
@@ -172,7 +163,7 @@ def _supported_rows(problem: Problem) -> _rows.Rows:
             " one (what jax.export refuses but under DisabledSafetyCheck.custom_call)"
         )
     rows = _rows.as_rows(problem)
-    reason = _not_loaded()
+    reason = _library.not_loaded()
     if reason is not None:
         raise NotImplementedError(reason)
     return rows
@@ -181,57 +172,3 @@ def _supported_rows(problem: Problem) -> _rows.Rows:
 def _each(operand: Any, shape: tuple[int, ...]) -> list[Any]:
     """`operand` in `shape`, where there is one."""
     return [] if operand is None else [operand.reshape(shape)]
-
-
-@functools.cache
-def _not_loaded() -> str | None:
-    """Loads the library and registers its handlers; why that cannot be, or None."""
-    library = _library()
-    if library is None:
-        return (
-            "its library was not compiled when the package was installed, which takes a"
-            " C++ compiler"
-        )
-    return _load(library, pathlib.Path(jax.ffi.include_dir()))
-
-
-def _library() -> pathlib.Path | None:
-    """In an editable install not beside this file, but in another folder of the package."""
-    folders = __path__
-    found = (pathlib.Path(folder, LIBRARY) for folder in folders)
-    return next((path for path in found if path.exists()), None)
-
-
-def _load(library: pathlib.Path, headers: pathlib.Path) -> str | None:
-    try:
-        handlers = ctypes.CDLL(str(library))
-    except OSError as error:
-        return f"its library does not load: {error}"
-    needed = (ctypes.c_int * 2).in_dll(handlers, "jax_layernorm_ffi_api_version")
-    spoken = _ffi_api_version(headers)
-    # A handler that XLA finds too new makes the whole CPU backend fail once it is
-    # registered, so the versions are compared before.
-    if spoken is None:
-        return f"the version of jaxlib's FFI is not found in {headers}"
-    if spoken[0] != needed[0] or spoken[1] < needed[1]:
-        return (
-            f"its library needs version {needed[0]}.{needed[1]} of XLA's FFI, and this"
-            f" jaxlib has {spoken[0]}.{spoken[1]}; build it against an older one"
-        )
-    for name in (FORWARD, BACKWARD):
-        handler = jax.ffi.pycapsule(getattr(handlers, name))
-        jax.ffi.register_ffi_target(name, handler, platform="cpu")
-    return None
-
-
-def _ffi_api_version(headers: pathlib.Path) -> tuple[int, int] | None:
-    """That of the installed jaxlib, from the headers it comes with."""
-    try:
-        text = (headers / "xla" / "ffi" / "api" / "c_api.h").read_text()
-    except OSError:
-        return None
-    found = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)", text))
-    return (int(found["MAJOR"]), int(found["MINOR"])) if len(found) == 2 else None
-
-
-_not_loaded()

@@ -1,0 +1,80 @@
+"""The C++ library: the kernel for CPUs, and what launches the kernels for NVIDIA GPUs.
+
+XLA calls it through its foreign function interface (FFI). It is compiled when the package
+is installed; without it nothing is lost but speed. It is loaded at import, because a
+process may run a compiled program that another one saved, and then lowers nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import pathlib
+import re
+
+import jax
+
+LIBRARY = "libjax_layernorm.so"
+CPU_FORWARD, CPU_BACKWARD = "jax_layernorm_forward", "jax_layernorm_backward"
+CUDA_LAUNCH = "jax_layernorm_cuda_launch"
+
+
+@functools.cache
+def not_loaded() -> str | None:
+    """Loads the library and registers its handlers; why that cannot be, or None."""
+    library = path()
+    if library is None:
+        return (
+            "its library was not compiled when the package was installed, which takes a"
+            " C++ compiler"
+        )
+    return load(library, pathlib.Path(jax.ffi.include_dir()))
+
+
+def path() -> pathlib.Path | None:
+    """In an editable install not beside this file, but in another folder of the package."""
+    from jax_layernorm import _kernels
+
+    found = (pathlib.Path(folder, LIBRARY) for folder in _kernels.__path__)
+    return next((path for path in found if path.exists()), None)
+
+
+def load(library: pathlib.Path, headers: pathlib.Path) -> str | None:
+    try:
+        handlers = ctypes.CDLL(str(library))
+    except OSError as error:
+        return f"its library does not load: {error}"
+    needed = (ctypes.c_int * 2).in_dll(handlers, "jax_layernorm_ffi_api_version")
+    spoken = ffi_api_version(headers)
+    # A handler that XLA finds too new makes the whole backend fail once it is registered,
+    # so the versions are compared before.
+    if spoken is None:
+        return f"the version of jaxlib's FFI is not found in {headers}"
+    if spoken[0] != needed[0] or spoken[1] < needed[1]:
+        return (
+            f"its library needs version {needed[0]}.{needed[1]} of XLA's FFI, and this"
+            f" jaxlib has {spoken[0]}.{spoken[1]}; build it against an older one"
+        )
+    for name in (CPU_FORWARD, CPU_BACKWARD):
+        handler = jax.ffi.pycapsule(getattr(handlers, name))
+        jax.ffi.register_ffi_target(name, handler, platform="cpu")
+    stages = {"initialize": "jax_layernorm_cuda_prepare", "execute": CUDA_LAUNCH}
+    jax.ffi.register_ffi_target(
+        CUDA_LAUNCH,
+        {stage: jax.ffi.pycapsule(getattr(handlers, n)) for stage, n in stages.items()},
+        platform="CUDA",
+    )
+    return None
+
+
+def ffi_api_version(headers: pathlib.Path) -> tuple[int, int] | None:
+    """That of the installed jaxlib, from the headers it comes with."""
+    try:
+        text = (headers / "xla" / "ffi" / "api" / "c_api.h").read_text()
+    except OSError:
+        return None
+    found = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR) (\d+)", text))
+    return (int(found["MAJOR"]), int(found["MINOR"])) if len(found) == 2 else None
+
+
+not_loaded()

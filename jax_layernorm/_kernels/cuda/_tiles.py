@@ -1,0 +1,156 @@
+"""How a matrix is cut into blocks of threads, and for which GPU.
+
+A block stays on a multiprocessor for a whole pass and works on `groups` rows at a time,
+each with `threads` threads. If a row is too long for one block, the blocks of a cluster
+have a part each. What a row's result is does not depend on `groups` and `blocks`, which
+alone depend on the number of rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+
+
+class Gpu(NamedTuple):
+    """What the kernels need to know of one.
+
+    Attributes:
+      capability: its compute capability times ten, as in sm_90; 0 if it is not known.
+      multiprocessors: their number; a guess if it is not known.
+    """
+
+    capability: int
+    multiprocessors: int
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of shared memory, for one block; CUDA keeps 1 KiB of them.
+
+        Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+        """
+        known = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227}
+        return (known.get(self.capability, 99) << 10) - 1024
+
+    @property
+    def has_clusters(self) -> bool:
+        return self.capability >= 90
+
+
+UNKNOWN = Gpu(0, 108)
+
+
+@functools.cache
+def gpu() -> Gpu:
+    """The one that programs are lowered for: this process's, if all of its are alike."""
+    try:
+        devices = jax.local_devices(backend="cuda")
+    except RuntimeError:
+        return UNKNOWN
+    found = {
+        Gpu(int(str(d.compute_capability).replace(".", "")), d.core_count)
+        for d in devices
+    }
+    return found.pop() if len(found) == 1 else UNKNOWN
+
+
+class Tile(NamedTuple):
+    """One launch of a kernel.
+
+    Attributes:
+      threads: of a block, for each row that it works on.
+      groups: the rows that a block works on at a time.
+      vector: elements that a thread moves at once.
+      cluster: the blocks that share a row.
+      stages: of the ring that rows arrive in; that many less one are under way.
+      blocks: in all.
+      shared_bytes: of memory, for a block.
+    """
+
+    threads: int
+    groups: int
+    vector: int
+    cluster: int
+    stages: int
+    blocks: int
+    shared_bytes: int
+
+    @property
+    def workers(self) -> int:
+        """Blocks, or clusters of them, each of which has whole rows."""
+        return self.blocks // self.cluster
+
+
+PER_THREAD = {"forward": 16, "backward": 8}
+"""Elements of a row, at the most. Backward a thread keeps two sums of each as well."""
+MOST_THREADS = {"forward": 768, "backward": 1024}
+"""Of a block: registers suffice for 80 and for 64 of them a thread."""
+NARROW = (128, 768)
+"""The most threads of a row, and of a block with such rows, which needs more registers."""
+CLUSTERS = (1, 2, 4, 8)
+STAGES = 3
+MOST_GROUPS = 15  # that have a barrier; rows of one warp or less need none
+
+
+def tile(
+    direction: str, rows: int, features: int, read: Sequence[int], widest: int, on: Gpu
+) -> Tile | None:
+    """The tile of a "forward" or "backward" pass; None if a row is too long.
+
+    Args:
+      read: the item sizes of the arrays of whole rows that are read.
+      widest: the largest item size of all arrays of whole rows.
+    """
+    most = MOST_THREADS[direction]
+    for cluster in CLUSTERS if on.has_clusters else (1,):
+        if features % cluster == 0:
+            part = features // cluster
+            vector = math.gcd(part, 16 // widest)
+            threads = _threads(part, vector, PER_THREAD[direction])
+            if threads <= most:
+                break
+    else:
+        return None
+    groups = 1
+    if cluster == 1:
+        narrow, most_narrow = NARROW
+        most = most if threads > narrow else min(most, most_narrow)
+        groups = max(1, most // threads)
+        if threads > 32:
+            groups = min(groups, MOST_GROUPS)
+        # With few rows fewer groups, so that all multiprocessors work.
+        groups = max(1, min(groups, -(-rows // on.multiprocessors)))
+    whole_warps = max(1, 32 // threads)
+    groups = -(-groups // whole_warps) * whole_warps
+    row = -(-part // (threads * vector)) * threads * vector
+    # Fewer groups rather than fewer stages: no fewer bytes are under way, and each thread
+    # may have more registers.
+    most_groups = groups
+    for stages in range(STAGES, 1, -1):
+        for groups in range(most_groups, 0, -whole_warps):
+            ring = stages * groups * row * sum(read)
+            gathered = groups // 2 * 2 * row * 4 if direction == "backward" else 0
+            sums = 2 * groups * cluster * max(1, threads // 32) * 8
+            needed = _round_up(sums, 16) + _round_up(max(ring, gathered), 16)
+            if needed <= on.shared_bytes:
+                workers = min(on.multiprocessors // cluster, -(-rows // groups))
+                blocks = cluster * max(1, workers)
+                return Tile(threads, groups, vector, cluster, stages, blocks, needed)
+    return None
+
+
+def _threads(part: int, vector: int, per_thread: int) -> int:
+    """Enough for a part of a row: whole warps, or a power of two of a warp."""
+    vectors = max(1, per_thread // vector)
+    threads = -(-part // (vector * vectors))
+    if threads < 32:
+        return 1 << (threads - 1).bit_length()
+    return _round_up(threads, 32)
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple

@@ -1,0 +1,171 @@
+// How a block of threads holds the rows it works on, and sums over them.
+//
+// A block works on kGroups rows at a time, each with kThreads threads. If a row is too long
+// for one block, the kCluster blocks of a cluster hold a part each ("part of a row" below;
+// without a cluster that is the row). Thread t holds the elements
+//     (v * kThreads + t) * kVector + i        for each v < kVectors and i < kVector
+// of its part, so that a warp reads whole lines of memory. Each thread copies its elements of
+// the rows to come into its own places of a ring in shared memory, and so waits for nothing
+// but its own copies.
+
+#ifndef JAX_LAYERNORM_KERNELS_CUDA_ROW_CUH_
+#define JAX_LAYERNORM_KERNELS_CUDA_ROW_CUH_
+
+constexpr int kFeatures = JLN_FEATURES;  // elements of a row
+constexpr int kCluster = JLN_CLUSTER;    // blocks that share a row
+constexpr int kThreads = JLN_THREADS;    // of a block, for a part of a row
+constexpr int kGroups = JLN_GROUPS;      // rows of a block at a time
+constexpr int kVector = JLN_VECTOR;      // elements that are moved at once
+constexpr int kStages = JLN_STAGES;      // of the ring: all but one are under way
+
+constexpr int kPart = kFeatures / kCluster;
+constexpr int kBlock = kThreads * kGroups;
+constexpr int kVectors = (kPart + kThreads * kVector - 1) / (kThreads * kVector);
+constexpr bool kExact = kPart == kVectors * kThreads * kVector;
+constexpr int kWarps = kThreads / 32;  // of a part; 0 if several rows share a warp
+constexpr float kInvN = 1.0f / kFeatures;
+
+static_assert(kFeatures % kCluster == 0 && kPart % kVector == 0, "vectors lie in a part");
+static_assert(kWarps ? kThreads % 32 == 0 : 32 % kThreads == 0 && kBlock % 32 == 0,
+              "a row has whole warps, or a warp whole rows");
+static_assert(kWarps <= 1 || kGroups <= 15, "a block has 16 barriers, one is its own");
+static_assert(kCluster == 1 || kGroups == 1, "a cluster works on one row at a time");
+
+#define UNROLL _Pragma("unroll")
+// For each vector v of a thread, and each element i of it.
+#define FOR_ELEMENTS(v, i)                \
+  UNROLL for (int v = 0; v < kVectors; ++v) \
+  UNROLL for (int i = 0; i < kVector; ++i)
+
+using Values = float[kVectors][kVector];
+
+template <int kBytes> struct BytesOf;
+template <> struct BytesOf<16> { using Type = Bytes16; };
+template <> struct BytesOf<8> { using Type = Bytes8; };
+template <> struct BytesOf<4> { using Type = uint32; };
+template <> struct BytesOf<2> { using Type = uint16; };
+
+// Where a thread's vector v begins in its part, and whether the part is that long.
+DEVICE int column_of(int v, int t) { return (v * kThreads + t) * kVector; }
+DEVICE bool inside(int v, int t) { return kExact || column_of(v, t) < kPart; }
+
+// A thread's elements of a row, as they are in memory.
+template <class T>
+struct Elements {
+  static constexpr int kBytes = sizeof(T) * kVector;
+  static constexpr int kPieces = kBytes > 16 ? kBytes / 16 : 1;
+  using Bytes = typename BytesOf<kBytes / kPieces>::Type;
+  union Vector {
+    Bytes bytes[kPieces];
+    T items[kVector];
+    DEVICE Vector() {}
+  };
+  Vector vectors[kVectors];
+
+  DEVICE float get(int v, int i) const { return widen(vectors[v].items[i]); }
+  DEVICE void set(int v, int i, float x) { narrow(x, vectors[v].items[i]); }
+
+  DEVICE void store_to(T* row, int t) const {
+    UNROLL for (int v = 0; v < kVectors; ++v) {
+      if (!inside(v, t)) continue;
+      Bytes* to = reinterpret_cast<Bytes*>(row + column_of(v, t));
+      UNROLL for (int p = 0; p < kPieces; ++p) store(to + p, vectors[v].bytes[p]);
+    }
+  }
+};
+
+// A part of a row in the ring. Each thread has its own places.
+template <class T>
+struct Arriving {
+  using Bytes = typename Elements<T>::Bytes;
+  static constexpr int kPieces = Elements<T>::kPieces;
+  Bytes bytes[kVectors][kPieces][kThreads];
+
+  DEVICE void fetch(const T* row, int t) {
+    UNROLL for (int v = 0; v < kVectors; ++v) {
+      if (!inside(v, t)) continue;
+      const Bytes* from = reinterpret_cast<const Bytes*>(row + column_of(v, t));
+      UNROLL for (int p = 0; p < kPieces; ++p) async_copy(&bytes[v][p][t], from + p);
+    }
+  }
+
+  DEVICE void read(Elements<T>& to, int t) const {
+    UNROLL for (int v = 0; v < kVectors; ++v)
+    UNROLL for (int p = 0; p < kPieces; ++p) to.vectors[v].bytes[p] = bytes[v][p][t];
+  }
+
+  // So that elements past the end of a row, which are never fetched, are 0.
+  DEVICE void zero(int t) {
+    UNROLL for (int v = 0; v < kVectors; ++v)
+    UNROLL for (int p = 0; p < kPieces; ++p) bytes[v][p][t] = Bytes{};
+  }
+};
+
+// A thread's elements of a parameter, with `offset` added.
+template <class T>
+DEVICE void load_parameter(const T* part, int t, float offset, Values& to) {
+  FOR_ELEMENTS(v, i)
+    to[v][i] = inside(v, t) ? widen(part[column_of(v, t) + i]) + offset : 0.0f;
+}
+
+struct alignas(8) Two { float a, b; };
+
+// Of each group's warps, all blocks', in each block's memory; two, to be used in turns.
+struct WarpSums { Two of[2][kGroups][kCluster * (kWarps ? kWarps : 1)]; };
+
+DEVICE void sum_lanes(Two& x, int lanes) {
+  UNROLL for (int n = lanes / 2; n > 0; n /= 2) {
+    x.a += shuffle_xor(x.a, n);
+    x.b += shuffle_xor(x.b, n);
+  }
+}
+
+// Two sums over a row, the same in each of its threads, in an order that kThreads and
+// kCluster alone decide. `turn` must alternate from one call to the next, because a thread
+// may be one call ahead of another.
+DEVICE Two sum_row(Two x, WarpSums& sums, int turn, int group, int t, int rank) {
+  constexpr int parts = kCluster * kWarps;
+  sum_lanes(x, kThreads < 32 ? kThreads : 32);
+  if constexpr (parts > 1) {
+    Two* all = sums.of[turn][group];
+    if constexpr (kCluster > 1) {
+      Two* mine = &all[rank * kWarps + t / 32];
+      if (t % 32 < kCluster) store_in_block(&mine->a, t % 32, x.a, x.b);
+      cluster_barrier();
+    } else {
+      if (t % 32 == 0) all[t / 32] = x;
+      barrier(1 + group, kThreads);
+    }
+    x = {0.0f, 0.0f};
+    if constexpr (parts <= 8) {
+      UNROLL for (int w = 0; w < parts; ++w) {
+        x.a += all[w].a;
+        x.b += all[w].b;
+      }
+    } else {
+      for (int w = t % 32; w < parts; w += 32) {
+        x.a += all[w].a;
+        x.b += all[w].b;
+      }
+      sum_lanes(x, 32);
+    }
+  }
+  return x;
+}
+
+// Which rows a thread works on: `first`, the block's, and every `step`th after them.
+struct Place {
+  int group = threadIdx.x / kThreads;
+  int t = threadIdx.x % kThreads;
+  int rank = kCluster > 1 ? blockIdx.x % kCluster : 0;  // of the block in its cluster
+  long long worker = blockIdx.x / kCluster;             // the number of the block or cluster
+  int step = gridDim.x / kCluster * kGroups;
+  long long first = worker * kGroups;
+
+  template <class T>
+  DEVICE T* part_of(T* matrix, long long row) const {
+    return matrix + row * kFeatures + rank * kPart;
+  }
+};
+
+#endif  // JAX_LAYERNORM_KERNELS_CUDA_ROW_CUH_
