@@ -70,12 +70,12 @@ compiled:
 	$(MAKE) VENV=$(VENV)-compiled $(VENV)-compiled/.compiled $(VENV)-compiled/.cuda
 	JAX_PLATFORMS=cpu $(VENV)-compiled/bin/pytest -rs tests/kernels/test_tpu_compiled.py tests/kernels/test_cuda_compiled.py $(ARGS)
 
-# The compiler for CUDA: jax's plugin and five of the wheels that it asks for, of which
+# The compilers for CUDA: jax's plugin and six of the wheels that it asks for, of which
 # there are many more for running.
 $(VENV)/.cuda: $(VENV)/.compiled
 	$(BIN)/python -m pip install --quiet --no-deps $$($(BIN)/python -c \
 	  'import jax; print(*(f"jax-cuda13-{part}=={jax.__version__}" for part in ("plugin", "pjrt")))') \
-	  'nvidia-cuda-nvcc==13.0.*' 'nvidia-nvvm==13.0.*' 'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-crt==13.0.*'
+	  'nvidia-cuda-nvcc==13.0.*' 'nvidia-nvvm==13.0.*' 'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-nvrtc==13.0.*'
 	@touch $@
 
 lint: $(VENV)/.lint

@@ -174,11 +174,11 @@ def copy_of_the_tree(folder: pathlib.Path) -> pathlib.Path:
         ignored = shutil.ignore_patterns("__pycache__")
         shutil.copytree(ROOT / name, tree / name, ignore=ignored)
     shutil.copy(ROOT / "pyproject.toml", tree)
-    from jax_layernorm._kernels import native_cpu
+    from jax_layernorm._kernels import _library
 
-    library = native_cpu._library()
+    library = _library.path()
     if library is not None:
-        shutil.copy(library, tree / "jax_layernorm" / "_kernels" / "native_cpu")
+        shutil.copy(library, tree / "jax_layernorm" / "_kernels")
     return tree
 
 

@@ -2,11 +2,11 @@
 
 TPU needs the `libtpu` wheel (Linux, x86-64), which one process at a time can use. CUDA
 needs the wheels of jax's CUDA plugin, in the version of jax, and of the compiler, but no
-driver, cuBLAS or cuDNN:
+driver, cuBLAS or cuDNN; our CUDA kernels need that of NVRTC too:
 
     pip install --no-deps jax-cuda13-plugin==JAX jax-cuda13-pjrt==JAX \
-        'nvidia-cuda-nvcc==13.0.*' 'nvidia-nvvm==13.0.*' \
-        'nvidia-cuda-runtime==13.0.*' 'nvidia-cuda-crt==13.0.*'
+        'nvidia-cuda-nvcc==13.0.*' 'nvidia-nvvm==13.0.*' 'nvidia-cuda-runtime==13.0.*' \
+        'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-nvrtc==13.0.*'
 
 Without a device XLA for CUDA makes its default choices; with one its autotuner may make
 others.

@@ -116,14 +116,9 @@ BAD_OPTIONS = [
     ({"axis_name": ["i"]}, TypeError, "a string or a tuple of strings; got ['i']"),
     ({"return_statistics": 1}, TypeError, "must be True or False; got 1"),
     ({"custom_vjp": None}, TypeError, "must be True or False; got None"),
-    ({"implementation": "gpu"}, ValueError, "must be None or one of 'native_cpu'"),
+    ({"implementation": "gpu"}, ValueError, "must be None or one of 'cuda'"),
     ({"implementation": True}, ValueError, "got True"),
     ({"implementation": ["xla"]}, ValueError, "got ['xla']"),
-    (
-        {"implementation": "cuda"},
-        NotImplementedError,
-        "got 'cuda', which is still to come",
-    ),
     (
         {"implementation": "pallas_tpu", "custom_vjp": False},
         ValueError,

@@ -29,7 +29,7 @@ def test_xla_runs_where_no_kernel_does():
         choice = explanation[platform]
         assert choice.implementation == "xla"
         assert choice.reasons["native_cpu"] == "it supports CPUs only"
-        assert choice.reasons.keys() == {"native_cpu", "pallas_tpu"}
+        assert choice.reasons.keys() == {"cuda", "native_cpu", "pallas_tpu"}
     assert "it runs only by name" in explanation["tpu"].reasons["pallas_tpu"]
     assert explanation["cuda"].reasons["pallas_tpu"] == "it supports TPUs only"
 

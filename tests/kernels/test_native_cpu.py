@@ -22,7 +22,7 @@ from jax import export
 from jax.sharding import AxisType
 
 import jax_layernorm as jln
-from jax_layernorm._kernels import native_cpu
+from jax_layernorm._kernels import _library
 
 
 @pytest.fixture(autouse=True)
@@ -94,7 +94,7 @@ def test_gradients_of_single_examples_keep_the_kernel():
         return jnp.sum(jnp.sin(ours(params, x)))
 
     each = jax.vmap(jax.grad(loss), (None, 0))
-    assert jax.jit(each).lower(params, x).as_text().count(native_cpu.BACKWARD) == 1
+    assert jax.jit(each).lower(params, x).as_text().count(_library.CPU_BACKWARD) == 1
     for i, one in enumerate(jnp.unstack(x)):
         jax.tree.map(
             functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
@@ -217,27 +217,27 @@ def unregistered(monkeypatch):
 @pytest.mark.usefixtures("unregistered")
 @pytest.mark.parametrize("version", ((0, 0), (0, 2), (1, 0), (1, 9)))
 def test_a_jaxlib_of_an_older_ffi_never_sees_the_library(version, tmp_path):
-    reason = native_cpu._load(native_cpu._library(), headers_of(version, tmp_path))
+    reason = _library.load(_library.path(), headers_of(version, tmp_path))
     assert "needs version 0.3 of XLA's FFI" in reason
     assert f"has {version[0]}.{version[1]}" in reason
 
 
 @pytest.mark.usefixtures("unregistered")
 def test_what_cannot_be_loaded_or_compared_is_told(tmp_path):
-    assert "is not found in" in native_cpu._load(native_cpu._library(), tmp_path)
+    assert "is not found in" in _library.load(_library.path(), tmp_path)
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"not a library")
-    assert "does not load" in native_cpu._load(broken, tmp_path)
+    assert "does not load" in _library.load(broken, tmp_path)
 
 
 def test_the_version_is_that_of_the_headers_the_library_was_built_with():
-    here = native_cpu._ffi_api_version(pathlib.Path(jax.ffi.include_dir()))
+    here = _library.ffi_api_version(pathlib.Path(jax.ffi.include_dir()))
     assert here is not None and here >= (0, 3)
 
 
 def test_without_the_library_xla_runs_and_explain_says_why(monkeypatch):
-    monkeypatch.setattr(native_cpu, "LIBRARY", "no-such-library.so")
-    native_cpu._not_loaded.cache_clear()
+    monkeypatch.setattr(_library, "LIBRARY", "no-such-library.so")
+    _library.not_loaded.cache_clear()
     jax.clear_caches()
     try:
         x = draw(4, 24)
@@ -248,7 +248,7 @@ def test_without_the_library_xla_runs_and_explain_says_why(monkeypatch):
         with pytest.raises(NotImplementedError, match="was not compiled"):
             ours({}, x)
     finally:
-        native_cpu._not_loaded.cache_clear()
+        _library.not_loaded.cache_clear()
         jax.clear_caches()
 
 
@@ -302,9 +302,9 @@ def test_a_program_exported_with_the_kernel_as_the_default_holds_none_of_it():
     x = draw(4, 8)
     assert jln.explain({}, x)["cpu"].implementation == "native_cpu"
     norm = jax.jit(lambda x: jln.layer_norm({}, x))
-    assert native_cpu.FORWARD in norm.lower(x).as_text()
+    assert _library.CPU_FORWARD in norm.lower(x).as_text()
     exported = export.export(norm, platforms=("cpu", "cuda", "tpu"))(x)
-    assert native_cpu.FORWARD not in exported.mlir_module()
+    assert _library.CPU_FORWARD not in exported.mlir_module()
     y = export.deserialize(exported.serialize()).call(x)
     oracle.assert_close(y, oracle.norm(x).y)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_layernorm._kernels import native_cpu
+from jax_layernorm._kernels import _library
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,7 @@ MATRIX, ROW, STATISTIC = array(4, 8), array(1, 8), array(4)
 STATISTICS = dict.fromkeys(("mean", "mean_low", "rstd"), STATISTIC)
 CALLS = {
     "forward": Call(
-        native_cpu.FORWARD,
+        _library.CPU_FORWARD,
         {"x": MATRIX, "residual": MATRIX, "scale": ROW, "bias": ROW},
         {"y": MATRIX, "residual_out": MATRIX} | STATISTICS,
         {
@@ -57,7 +57,7 @@ CALLS = {
         },
     ),
     "backward": Call(
-        native_cpu.BACKWARD,
+        _library.CPU_BACKWARD,
         {"x": MATRIX, "scale": ROW}
         | STATISTICS
         | {"dy": MATRIX, "dresidual_out": MATRIX}

@@ -53,7 +53,9 @@ def library(macros, sources=SOURCES):
     )
     text = header.read_text() + fibers.read_text()
     fibers = build(".o", text, "-c", str(fibers))
-    text += "".join(path.read_text() for path in (kernel, *sorted(sources.glob("*.cu*"))))
+    text += "".join(
+        path.read_text() for path in (kernel, *sorted(sources.glob("*.cu*")))
+    )
     path = build(
         ".so", text, "-w", "-ffp-contract=off", "-fno-strict-aliasing", "-shared",
         "-DJLN_EMULATED", f"-I{HERE}", f"-I{sources}", *(f"-D{macro}" for macro in macros),
@@ -94,8 +96,13 @@ class GuardedArray:
             self.array[...] = value
 
     def check(self):
-        before, after = self.memory[: self.first], self.memory[self.first + self.bytes :]
-        assert (before == 0xFF).all() and (after == 0xFF).all(), "a write beside an array"
+        before, after = (
+            self.memory[: self.first],
+            self.memory[self.first + self.bytes :],
+        )
+        assert (before == 0xFF).all() and (after == 0xFF).all(), (
+            "a write beside an array"
+        )
 
 
 def run_once(launch, operands, results, seed, sources=SOURCES):
@@ -138,7 +145,9 @@ def call(launch, operands, results, sources=SOURCES):
         )
         for other in others:
             for a, b in zip(first, other, strict=True):
-                assert a.tobytes() == b.tobytes(), "the order of threads changes the result"
+                assert a.tobytes() == b.tobytes(), (
+                    "the order of threads changes the result"
+                )
         return first
 
     out = jax.pure_callback(run, list(results.values()), *operands.values())

@@ -217,7 +217,10 @@ def call(
             np.int64,
         ),
         sizes=np.asarray(
-            [a.size * a.dtype.itemsize for a in (*operands.values(), *results.values())],
+            [
+                a.size * a.dtype.itemsize
+                for a in (*operands.values(), *results.values())
+            ],
             np.int64,
         ),
     )
@@ -255,7 +258,7 @@ def _supported(problem: Problem) -> tuple[_rows.Rows, _tiles.Tile]:
     if tile is None:
         of = f"a GPU of compute capability {gpu.capability / 10}"
         raise NotImplementedError(
-            f"a row has {rows.features} elements, more than the threads that share it on"
+            f"a row has {rows.features} elements, more than the blocks that share it on"
             f" {of if gpu.capability else 'an unknown GPU'} can hold"
         )
     return rows, tile

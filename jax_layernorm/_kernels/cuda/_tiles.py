@@ -105,17 +105,31 @@ def tile(
       read: the item sizes of the arrays of whole rows that are read.
       widest: the largest item size of all arrays of whole rows.
     """
-    most = MOST_THREADS[direction]
     for cluster in CLUSTERS if on.has_clusters else (1,):
         if features % cluster == 0:
             part = features // cluster
-            vector = math.gcd(part, 16 // widest)
-            threads = _threads(part, vector, PER_THREAD[direction])
-            if threads <= most:
-                break
-    else:
+            made = _tile_of_part(direction, rows, part, cluster, read, widest, on)
+            if made is not None:
+                return made
+    return None
+
+
+def _tile_of_part(
+    direction: str,
+    rows: int,
+    part: int,
+    cluster: int,
+    read: Sequence[int],
+    widest: int,
+    on: Gpu,
+) -> Tile | None:
+    """The tile where a block has so many elements of a row; None if it cannot."""
+    vector = math.gcd(part, 16 // widest)
+    threads = _threads(part, vector, PER_THREAD[direction])
+    most = MOST_THREADS[direction]
+    if threads > most:
         return None
-    groups = 1
+    groups, whole_warps = 1, max(1, 32 // threads)
     if cluster == 1:
         narrow, most_narrow = NARROW
         most = most if threads > narrow else min(most, most_narrow)
@@ -124,9 +138,8 @@ def tile(
             groups = min(groups, MOST_GROUPS)
         # With few rows fewer groups, so that all multiprocessors work.
         groups = max(1, min(groups, -(-rows // on.multiprocessors)))
-    whole_warps = max(1, 32 // threads)
-    groups = -(-groups // whole_warps) * whole_warps
-    row = -(-part // (threads * vector)) * threads * vector
+        groups = _round_up(groups, whole_warps)
+    row = _round_up(part, threads * vector)
     # Fewer groups rather than fewer stages: no fewer bytes are under way, and each thread
     # may have more registers.
     most_groups = groups
