@@ -7,7 +7,8 @@ which shows what the memory can do. Parameters are float32.
 "device ms" is the median over calls of the time in which `jax.profiler` saw the device
 work, so the host does not count; "wall ms" is the time of queued calls divided by their
 number. Calls take turns with up to eight sets of inputs, at most 256 MiB together, so
-that large inputs are in no cache. "floor arrays" is how many arrays of the size of x the
+that large inputs are in no cache. "first call s" is mostly tracing, lowering and
+compiling. "floor arrays" is how many arrays of the size of x the
 program reads or writes at the least, and "GB/s" the bytes of these over its time (higher
 is better). Errors of y, dx, dscale and dbias are in units in the last place
 (`benchmarks.support.errors`). A CPU has no clock of its own, so it gets wall times only;
@@ -30,9 +31,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.support import errors, peers, programs, report, shapes
+from benchmarks.support import errors, peers, programs, report, shapes, torch_gpu
 
-NORMS = ("ours", "xla", "pallas_tpu", "flax", "tokamax", "plain", "copy")
+NORMS = ("ours", "xla", "cuda", "pallas_tpu", "flax", "tokamax", "plain", "copy")
 PROGRAMS = ("forward", "backward", "joint", "block")
 DEFAULT_SHAPES = ("bert-large", "large", "pairs", "gpt2", "one-token", "uneven")
 ROTATED_BYTES = 256 << 20
@@ -152,6 +153,9 @@ def measure(
         function = programs.make(program, peer, shape, dtype).function
         given = [arguments(program, peer, shape, dtype, one) for one in sets]
     jitted = jax.jit(function)
+    start = time.perf_counter()
+    out = jax.block_until_ready(jitted(*given[0]))
+    first_seconds = time.perf_counter() - start
     device, wall = timed(jitted, given, calls)
     floor = programs.FLOOR_ARRAYS[program]
     array = sets[0][1].nbytes
@@ -162,13 +166,31 @@ def measure(
         "norm": name,
         "device ms": None if device is None else device * 1e3,
         "wall ms": wall * 1e3,
+        "first call s": first_seconds,
         "floor arrays": floor,
         "GB/s": floor and floor * array / (wall if device is None else device) / 1e9,
     }
     if program == "joint":
-        out = jitted(*given[0])
         result |= errors.of_results(out, right(shape, dtype))
     return result
+
+
+def measure_torch(options: Any) -> list[dict[str, Any]]:
+    """The rows of the norms in torch, which need a GPU; prints why one has none."""
+    rows = []
+    for name in options.norms:
+        if name not in torch_gpu.NORMS:
+            continue
+        reason = peers.import_error(torch_gpu.MODULES[name])
+        if jax.default_backend() != "gpu":
+            reason = "it is measured on GPUs; benchmarks.cpu measures torch on a CPU"
+        if reason is None:
+            rows += torch_gpu.measure(
+                name, options.shapes, options.dtypes, options.calls
+            )
+        else:
+            print(f"{name} left out: {reason}")
+    return rows
 
 
 def main(command_line: list[str] | None = None) -> None:
@@ -176,13 +198,15 @@ def main(command_line: list[str] | None = None) -> None:
     shapes.add_argument(parser, DEFAULT_SHAPES)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--programs", nargs="+", default=PROGRAMS, choices=PROGRAMS)
-    peers.add_argument(parser, NORMS, (*peers.JAX_NORMS, "copy"))
+    known = dict.fromkeys((*peers.JAX_NORMS, "copy", *torch_gpu.NORMS))
+    peers.add_argument(parser, NORMS, known)
     parser.add_argument("--calls", type=int, default=20, help="that are profiled")
     options = parser.parse_args(command_line)
     where = report.environment()
     report.print_environment(where)
-    found = peers.available(options.norms)
+    found = peers.available(set(options.norms) - set(torch_gpu.NORMS))
     names = [name for name in options.norms if name in (*found, "copy")]
+    of_torch = measure_torch(options)
     results = []
     for dtype in map(jnp.dtype, options.dtypes):
         for shape in options.shapes:
@@ -192,6 +216,12 @@ def main(command_line: list[str] | None = None) -> None:
                     for name in names
                 )
                 cases = [case for case in measured if case is not None]
+                place = (str(shape), dtype.name, program)
+                cases += [
+                    row
+                    for row in of_torch
+                    if (row["shape"], row["dtype"], row["program"]) == place
+                ]
                 if not cases:  # of the copy alone
                     continue
                 results += cases

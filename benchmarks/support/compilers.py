@@ -14,9 +14,12 @@ others.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import pathlib
+import unittest.mock
+from collections.abc import Iterator
 from typing import Any
 
 TPU_TOPOLOGY = {
@@ -80,9 +83,19 @@ def compile_for(platform: str, device: Any, function: Any, arguments: Any) -> An
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments
     )
     options = {"xla_gpu_autotune_level": 0} if platform == "cuda" else None
-    return (
-        jax.jit(function)
-        .trace(*placed)
-        .lower(lowering_platforms=(platform,))
-        .compile(compiler_options=options)
-    )
+    with _lowered_for(platform, device):
+        lowered = jax.jit(function).trace(*placed).lower(lowering_platforms=(platform,))
+    return lowered.compile(compiler_options=options)
+
+
+@contextlib.contextmanager
+def _lowered_for(platform: str, device: Any) -> Iterator[None]:
+    """Our CUDA kernels are made for this GPU, and not for the one of this process."""
+    from jax_layernorm._kernels.cuda import _tiles
+
+    if platform != "cuda":
+        yield
+        return
+    gpu = _tiles.gpu_of(device)
+    with unittest.mock.patch.object(_tiles, "gpu", return_value=gpu):
+        yield

@@ -12,7 +12,7 @@ pytest.importorskip("benchmarks.support", reason="no benchmarks here")
 
 COMMANDS = (
     "accuracy", "compile_only", "cpu", "cpu_without_kernel", "decoder_step", "overhead",
-    "run", "tpu_kernels", "tpu_layers",
+    "run", "tpu_kernels", "tpu_layers", "versions",
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -31,7 +31,8 @@ class Gpu(NamedTuple):
     def shared_bytes(self) -> int:
         """Of shared memory, for one block; CUDA keeps 1 KiB of them.
 
-        Source: CUDA C++ Programming Guide, "Technical Specifications per Compute Capability".
+        Source: "Technical Specifications per Compute Capability" in the CUDA C++
+        Programming Guide.
         """
         known = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227}
         return (known.get(self.capability, 99) << 10) - 1024
@@ -51,11 +52,13 @@ def gpu() -> Gpu:
         devices = jax.local_devices(backend="cuda")
     except RuntimeError:
         return UNKNOWN
-    found = {
-        Gpu(int(str(d.compute_capability).replace(".", "")), d.core_count)
-        for d in devices
-    }
+    found = set(map(gpu_of, devices))
     return found.pop() if len(found) == 1 else UNKNOWN
+
+
+def gpu_of(device: Any) -> Gpu:
+    """What JAX knows of one; it may be one of a topology, to compile for."""
+    return Gpu(int(str(device.compute_capability).replace(".", "")), device.core_count)
 
 
 class Tile(NamedTuple):
@@ -89,8 +92,8 @@ PER_THREAD = {"forward": 16, "backward": 8}
 """Elements of a row, at the most. Backward a thread keeps two sums of each as well."""
 MOST_THREADS = {"forward": 768, "backward": 1024}
 """Of a block: registers suffice for 80 and for 64 of them a thread."""
-NARROW = (128, 768)
-"""The most threads of a row, and of a block with such rows, which needs more registers."""
+NARROW = ((16, 640), (128, 768))
+"""Up to so many threads of a row: the most of a block, whose rows need more registers."""
 CLUSTERS = (1, 2, 4, 8)
 STAGES = 3
 MOST_GROUPS = 15  # that have a barrier; rows of one warp or less need none
@@ -131,8 +134,7 @@ def _tile_of_part(
         return None
     groups, whole_warps = 1, max(1, 32 // threads)
     if cluster == 1:
-        narrow, most_narrow = NARROW
-        most = most if threads > narrow else min(most, most_narrow)
+        most = next((min(most, n) for narrow, n in NARROW if threads <= narrow), most)
         groups = max(1, most // threads)
         if threads > 32:
             groups = min(groups, MOST_GROUPS)

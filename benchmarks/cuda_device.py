@@ -1,0 +1,175 @@
+r"""Is the CUDA kernel right on this GPU, and are its tiles the best? A few minutes.
+
+Stages, each of which writes its lines as they are found:
+
+  smoke     one small norm is launched, forward and backward
+  values    every shape, both dtypes, with and without a residual: errors in units in the
+            last place against float64 NumPy, and the same bits a second time
+  sweep     forward and backward with other tiles than those that _tiles.py chooses
+  graph     smoke in a CUDA graph, in a process of its own
+  sanitize  smoke under compute-sanitizer's racecheck and memcheck, likewise
+
+`benchmarks.run` has the times beside other norms. The whole plan, 12 minutes on an H100:
+
+    python -m benchmarks.cuda_device smoke values graph sanitize --json values.jsonl
+    python -m benchmarks.run --norms xla cuda flax tokamax copy torch torch.compile liger \
+        --shapes 16384x4096 4096x768 32768x128 8192x1024 2048x16384 --json cuda.json
+    python -m benchmarks.cuda_device sweep --json sweep.jsonl
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from benchmarks import run
+from benchmarks.support import report, shapes
+from jax_layernorm import _check
+from jax_layernorm._kernels.cuda import _tiles
+
+STAGES = ("smoke", "values", "sweep", "graph", "sanitize")
+SHAPES = (
+    "16384x4096", "4096x768", "32768x128", "8192x1024", "2048x16384", "8192x5120",
+    "4096x8192", "512x65536", "32769x1000", "8192x64", "20000x100",
+)  # fmt: skip
+SMOKE = ("1000x1024", "300x16384", "70x33")
+TILES = {  # elements a thread, threads of a block, stages
+    "forward": ((16, 768, 3), (8, 1024, 3), (16, 512, 3), (32, 512, 2), (8, 512, 4)),
+    "backward": ((8, 1024, 3), (8, 768, 3), (16, 512, 3), (8, 1024, 2), (8, 512, 4)),
+}
+GRAPH_FLAGS = (
+    "--xla_gpu_graph_min_graph_size=1 --xla_gpu_enable_command_buffer=+CUSTOM_CALL"
+)
+
+Say = Callable[..., None]
+
+
+def checked(shape: shapes.Shape, dtype: str, norm: str) -> dict[str, Any]:
+    """Errors of one problem, and whether a second run gives the same bits."""
+    problem = _check.draw(norm, tuple(shape), dtype)
+    arguments = jax.device_put((problem.params, problem.arrays, problem.cotangents))
+    start = time.perf_counter()
+    function = _check.program(_check.candidates(norm)["cuda"])
+    compiled = function.lower(*arguments).compile()
+    seconds = time.perf_counter() - start
+    out, again = compiled(*arguments), compiled(*arguments)
+    same = all(
+        a.tobytes() == b.tobytes()
+        for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(again), strict=True)
+    )
+    errors = _check.errors_of(out, problem)
+    return {
+        "shape": str(shape),
+        "dtype": dtype,
+        "norm": norm,
+        "compile s": seconds,
+        **errors._asdict(),
+        "right": not errors.too_large(shape.rows),
+        "same bits": same,
+    }
+
+
+def smoke(say: Say, options: Any) -> None:
+    say(gpu=_tiles.gpu()._asdict())
+    for shape in map(shapes.parse, SMOKE):
+        say(**checked(shape, "bfloat16", "layer_norm"))
+
+
+def values(say: Say, options: Any) -> None:
+    for shape, dtype, norm in itertools.product(
+        options.shapes, options.dtypes, _check.NORMS
+    ):
+        say(**checked(shape, dtype, norm))
+
+
+@contextlib.contextmanager
+def tiles(direction: str, per_thread: int, threads: int, stages: int) -> Iterator[None]:
+    kept = _tiles.PER_THREAD, _tiles.MOST_THREADS, _tiles.STAGES
+    _tiles.PER_THREAD = kept[0] | {direction: per_thread}
+    _tiles.MOST_THREADS = kept[1] | {direction: threads}
+    _tiles.STAGES = stages
+    jax.clear_caches()
+    try:
+        yield
+    finally:
+        _tiles.PER_THREAD, _tiles.MOST_THREADS, _tiles.STAGES = kept
+        jax.clear_caches()
+
+
+def sweep(say: Say, options: Any) -> None:
+    for shape, dtype in itertools.product(options.shapes[:6], options.dtypes[:1]):
+        for direction, choices in TILES.items():
+            for choice in choices:
+                names = dict(
+                    zip(("per thread", "threads", "stages"), choice, strict=True)
+                )
+                with tiles(direction, *choice):
+                    measured = run.measure(
+                        "cuda", direction, shape, jnp.dtype(dtype), options.calls
+                    )
+                say(**names, **(measured or {}))
+
+
+def in_a_process(say: Say, *command: str, **environment: str) -> None:
+    """Smoke, started by `command`; its last lines if it fails."""
+    done = subprocess.run(
+        [*command, sys.executable, "-m", "benchmarks.cuda_device", "smoke"],
+        env=os.environ | environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    text = done.stdout + done.stderr
+    failed = done.returncode != 0 or '"right": false' in text
+    say(command=command, returncode=done.returncode, right=not failed)
+    if failed:
+        print(text[-4000:])
+
+
+def graph(say: Say, options: Any) -> None:
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {GRAPH_FLAGS}"
+    in_a_process(say, XLA_FLAGS=flags)
+
+
+def sanitize(say: Say, options: Any) -> None:
+    for tool in ("racecheck", "memcheck"):
+        in_a_process(say, "compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
+
+
+def main(command_line: list[str] | None = None) -> int:
+    """0, or 1 if a value is wrong."""
+    parser = report.parser(__doc__)
+    parser.add_argument("stages", nargs="+", choices=STAGES, metavar="STAGE")
+    shapes.add_argument(parser, SHAPES)
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--calls", type=int, default=20, help="that are profiled")
+    options = parser.parse_args(command_line)
+    where = report.environment()
+    report.print_environment(where)
+    wrong = False
+
+    def say(**line: Any) -> None:
+        nonlocal wrong
+        wrong = wrong or line.get("right") is False or line.get("same bits") is False
+        text = json.dumps({"stage": stage, **line})
+        print(text, flush=True)
+        if options.json is not None:
+            with open(options.json, "a") as file:
+                file.write(text + "\n")
+
+    stage = "environment"
+    say(**where)
+    for stage in options.stages:
+        globals()[stage](say, options)
+    return int(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""The device plan of the CUDA kernels runs, here by emulation."""
+
+import json
+
+import cuda_emulation
+import jax
+import pytest
+
+pytest.importorskip("benchmarks.support", reason="no benchmarks here")
+
+from benchmarks import cuda_device
+from benchmarks.support import torch_gpu
+
+pytestmark = pytest.mark.skipif(
+    cuda_emulation.missing() is not None, reason=str(cuda_emulation.missing())
+)
+
+
+@pytest.fixture
+def lines(monkeypatch, tmp_path):
+    """`lines(*arguments)`: the exit code, and what is written."""
+    jax.clear_caches()
+    cuda_emulation.install(monkeypatch)
+    monkeypatch.setattr(cuda_device, "SMOKE", ("9x48",))
+    path = tmp_path / "lines.jsonl"
+
+    def run(*arguments):
+        small = ["--shapes", "6x64", "--dtypes", "float32", "--calls", "1"]
+        code = cuda_device.main([*arguments, *small, "--json", str(path)])
+        return code, [json.loads(line) for line in path.read_text().splitlines()]
+
+    yield run
+    jax.clear_caches()
+
+
+def test_values_and_tiles(lines, monkeypatch):
+    tiles = {"forward": [(8, 512, 2)], "backward": [(8, 512, 2)]}
+    monkeypatch.setattr(cuda_device, "TILES", tiles)
+    code, (environment, gpu, smoke, *values) = lines("smoke", "values", "sweep")
+    *values, forward, backward = values
+    assert code == 0 and "device" in environment and gpu["gpu"]["capability"] == 90
+    assert smoke["shape"] == "9x48" and len(values) == 4
+    assert all(line["right"] and line["same bits"] for line in (smoke, *values))
+    assert [line["program"] for line in (forward, backward)] == ["forward", "backward"]
+    assert all(line["wall ms"] > 0 for line in (forward, backward))
+
+
+def test_a_wrong_value_is_a_failure(lines, monkeypatch):
+    right = cuda_emulation.run_once
+
+    def wrong(launch, *arguments):
+        first, *rest = right(launch, *arguments)
+        return [(first * 1.02).astype(first.dtype), *rest]
+
+    monkeypatch.setattr(cuda_emulation, "run_once", wrong)
+    code, (*_, smoke) = lines("smoke")
+    assert code == 1 and not smoke["right"]
+
+
+def test_smoke_in_another_process(lines, monkeypatch):
+    """It has no emulation, and so fails, which must be seen."""
+    code, (*_, graph) = lines("graph")
+    assert code == 1 and graph["returncode"] != 0
+
+
+def test_torchs_norms():
+    pytest.importorskip("torch", reason="torch is not installed")
+    rows = torch_gpu.measure("torch", [(8, 128)], ["float32"], 2, device="cpu")
+    assert [row["program"] for row in rows] == list(torch_gpu.PROGRAMS)
+    assert all(row["device ms"] is None and row["GB/s"] > 0 for row in rows)
