@@ -6,7 +6,8 @@ products; layers, a scanned decoder of 4 layers with two norms each; and the oth
 
 The table gives bytes per element of x, where each operand and result of a kernel counts
 once; the same over the least bytes that the program could move ("over the floor") and
-over Flax's; and temporary memory in MiB. Lower is better. The norm "equations" is our
+over Flax's; temporary memory in MiB; and the seconds of lowering the program, in which
+our CUDA kernels are compiled. Lower is better. The norm "equations" is our
 XLA implementation without its barriers, sums in parts and one-pass statistics.
 
 The wheels that this needs are listed in `benchmarks/support/compilers.py`.
@@ -17,6 +18,7 @@ The wheels that this needs are listed in `benchmarks/support/compilers.py`.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -70,6 +72,9 @@ def measure(
     with equations_registered():
         peer = peers.ours(EQUATIONS) if norm == EQUATIONS else peers.NORMS[norm]
         made = programs.make(program, peer, shape, dtype)
+        start = time.perf_counter()
+        compilers.lower_for(platform, device, *made)
+        lower_seconds = time.perf_counter() - start
         compiled = compilers.compile_for(platform, device, *made)
     hlo = compiled.as_text()
     return {
@@ -81,6 +86,7 @@ def measure(
         "temp": compiled.memory_analysis().temp_size_in_bytes,
         "floor arrays": programs.FLOOR_ARRAYS[program],
         "kernels": hlo_bytes.kernels(hlo),
+        "lower s": lower_seconds,
     }
 
 
@@ -133,7 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
             with_ratios(cases, options.shape)
             results += cases
     columns = ("program", "dtype", "norm", "bytes an element", "over the floor",
-               "over flax", "temp MiB")  # fmt: skip
+               "over flax", "temp MiB", "lower s")  # fmt: skip
     print(f"{options.shape}")
     report.print_table(
         columns,

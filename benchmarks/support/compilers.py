@@ -76,16 +76,21 @@ def devices(platform: str, generation: str) -> list[Any]:
 
 def compile_for(platform: str, device: Any, function: Any, arguments: Any) -> Any:
     """The compiled program of `function` on abstract `arguments`, on one device."""
+    options = {"xla_gpu_autotune_level": 0} if platform == "cuda" else None
+    lowered = lower_for(platform, device, function, arguments)
+    return lowered.compile(compiler_options=options)
+
+
+def lower_for(platform: str, device: Any, function: Any, arguments: Any) -> Any:
+    """The program before XLA compiles it; our CUDA kernels are compiled here."""
     import jax
 
     sharding = jax.sharding.SingleDeviceSharding(device)
     placed = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments
     )
-    options = {"xla_gpu_autotune_level": 0} if platform == "cuda" else None
     with _lowered_for(platform, device):
-        lowered = jax.jit(function).trace(*placed).lower(lowering_platforms=(platform,))
-    return lowered.compile(compiler_options=options)
+        return jax.jit(function).trace(*placed).lower(lowering_platforms=(platform,))
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,8 @@ import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jax_layernorm as jln
 from jax_layernorm import _kernels
@@ -270,19 +273,21 @@ def test_a_planted_bug_is_caught(bug, emulated, tmp_path):
 
 # ---- which problems run, and how they are cut
 
-AVAILABLE = {"_unavailable": lambda gpu: None}
+
+@pytest.fixture
+def available(monkeypatch):
+    """`available(gpu)`: as where NVRTC and the library are, and this GPU."""
+    monkeypatch.setattr(cuda, "_unavailable", lambda gpu: None)
+    image = _compile.Image(b"image", "digest")
+    monkeypatch.setattr(_compile, "image", lambda macros, capability: image)
+    jax.clear_caches()
+    yield lambda gpu=H100: monkeypatch.setattr(_tiles, "gpu", lambda: gpu)
+    jax.clear_caches()
 
 
-def choice(x, gpu=H100, monkeypatch=None, params=None, **options):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cuda, "_unavailable", lambda gpu: None)
-        patch.setattr(_tiles, "gpu", lambda: gpu)
-        jax.clear_caches()
-        return jln.explain(params or {}, x, **options)["cuda"]
-
-
-def test_it_is_no_default():
-    found = choice(jax.ShapeDtypeStruct((8192, 1024), "bfloat16"))
+def test_it_is_no_default(available):
+    available()
+    found = jln.explain({}, jax.ShapeDtypeStruct((8192, 1024), "bfloat16"))["cuda"]
     assert found.implementation == "xla"
     assert "has not been timed on a GPU yet" in found.reasons["cuda"]
 
@@ -310,10 +315,72 @@ def test_it_is_no_default():
         ((8, 64), "float32", H100, {"axis": 0}, "are not the last ones"),
     ),
 )
-def test_what_it_cannot_run_it_says(shape, dtype, gpu, options, reason, x64):
-    found = choice(jax.ShapeDtypeStruct(shape, dtype), gpu, **options)
+def test_what_it_cannot_run_it_says(shape, dtype, gpu, options, reason, x64, available):
+    available(gpu)
+    found = jln.explain({}, jax.ShapeDtypeStruct(shape, dtype), **options)["cuda"]
     assert found.implementation == "xla"
     assert reason in found.reasons["cuda"]
+
+
+def lowered(function, *arguments, **options):
+    """For a GPU, as text: the kernels in their order."""
+    traced = jax.jit(function, **options).trace(*arguments)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    return re.findall(r'kernel = "(norm_\w+)"', text)
+
+
+BOTH_PASSES = ["norm_forward", "norm_backward", "norm_sum_parts"]
+
+
+def loss(params, x):
+    return jnp.sum(jnp.sin(jln.layer_norm(params, x, implementation="cuda")))
+
+
+def test_it_runs_on_each_device_where_the_rows_are_split(available):
+    available()
+    params, x = jln.init_params(128), jnp.ones((16, 128))
+    gradients = jax.grad(loss, (0, 1))
+    assert lowered(gradients, params, x) == BOTH_PASSES
+    for kind in ("explicit", "shard_map", "automatic"):
+        axis = AxisType.Auto if kind == "automatic" else AxisType.Explicit
+        mesh = jax.make_mesh((4,), ("data",), axis_types=(axis,))
+        rows = NamedSharding(mesh, P("data"))
+        with jax.set_mesh(mesh):
+            split, whole = jax.device_put(x, rows), jax.device_put(params, P())
+            if kind == "automatic":
+                with pytest.raises(NotImplementedError, match="splits no kernel"):
+                    lowered(gradients, whole, split)
+                default = jax.grad(lambda p, x: jnp.sum(jln.layer_norm(p, x) ** 2))
+                assert lowered(default, whole, split) == []
+            elif kind == "explicit":
+                assert lowered(gradients, whole, split) == BOTH_PASSES
+            else:
+                mapped = jax.shard_map(
+                    lambda p, x: jax.lax.psum(loss(p, x), "data"), out_specs=P()
+                )
+                assert lowered(jax.grad(mapped, (0, 1)), whole, split) == BOTH_PASSES
+
+
+def test_an_exported_program_has_no_kernel(available):
+    available()
+    x = jax.ShapeDtypeStruct((16, 128), "float32")
+    exported = jax.export.export(
+        jax.jit(functools.partial(jln.layer_norm, {})), platforms=("cuda",)
+    )(x)
+    assert "custom_call" not in exported.mlir_module()
+    named = jax.jit(functools.partial(jln.layer_norm, {}, implementation="cuda"))
+    with pytest.raises(NotImplementedError, match="the program is exported"):
+        jax.export.export(named, platforms=("cuda",))(x)
+
+
+def test_norms_that_are_mapped_are_one_launch(available):
+    """With one row of parameters; XLA sums the parameters' gradients of each example."""
+    available()
+    params, x = jln.init_params(128), jnp.ones((4, 16, 128))
+    each = jax.vmap(jax.grad(loss, 1), (None, 0))
+    assert lowered(each, params, x) == ["norm_forward", "norm_backward"]
+    each = jax.vmap(jax.grad(loss), (None, 0))
+    assert lowered(each, params, x) == ["norm_forward"]
 
 
 def test_without_a_compiler_xla_runs_and_explain_says_why(monkeypatch):
