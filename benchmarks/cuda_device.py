@@ -1,20 +1,19 @@
-r"""Is the CUDA kernel right on this GPU, and are its tiles the best? A few minutes.
+"""Is the CUDA kernel right on this GPU, how fast is it, and are its tiles the best?
 
-Stages, each of which writes its lines as they are found:
+Stages, in this order unless some are named; each writes its lines as they are found:
 
-  smoke     one small norm is launched, forward and backward
-  values    every shape, both dtypes, with and without a residual: errors in units in the
-            last place against float64 NumPy, and the same bits a second time
-  sweep     forward and backward with other tiles than those that _tiles.py chooses
+  smoke     small norms are launched, forward and backward
+  values    every shape, both dtypes, every norm: errors in units in the last place
+            against float64 NumPy, and the same bits a second time
+  times     `benchmarks.run`: beside XLA, Flax, tokamax, torch, a copy; FILE.times.json
   graph     smoke in a CUDA graph, in a process of its own
   sanitize  smoke under compute-sanitizer's racecheck and memcheck, likewise
+  sweep     forward and backward with other tiles than those that _tiles.py chooses
 
-`benchmarks.run` has the times beside other norms. The whole plan, 12 minutes on an H100:
+A stage that has no time left stops, and says so. The whole plan takes about 10 minutes
+on an H100:
 
-    python -m benchmarks.cuda_device smoke values graph sanitize --json values.jsonl
-    python -m benchmarks.run --norms xla cuda flax tokamax copy torch torch.compile liger \
-        --shapes 16384x4096 4096x768 32768x128 8192x1024 2048x16384 --json cuda.json
-    python -m benchmarks.cuda_device sweep --json sweep.jsonl
+    python -m benchmarks.cuda_device --json cuda_device.jsonl
 """
 
 from __future__ import annotations
@@ -26,8 +25,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs some, too
 
 import jax
 import jax.numpy as jnp
@@ -37,11 +38,19 @@ from benchmarks.support import report, shapes
 from jax_layernorm import _check
 from jax_layernorm._kernels.cuda import _tiles
 
-STAGES = ("smoke", "values", "sweep", "graph", "sanitize")
+STAGES = ("smoke", "values", "times", "graph", "sanitize", "sweep")
 SHAPES = (
     "16384x4096", "4096x768", "32768x128", "8192x1024", "2048x16384", "8192x5120",
     "4096x8192", "512x65536", "32769x1000", "8192x64", "20000x100",
 )  # fmt: skip
+TIMED = 5
+"""The first of these, with every peer."""
+PEERS = (
+    "xla", "cuda", "flax", "tokamax", "copy", "torch", "torch.compile", "liger",
+    "quack rms",
+)  # fmt: skip
+CHECKED_ELEMENTS = 4 << 20
+"""At the most: NumPy in float64 takes its time."""
 SMOKE = ("1000x1024", "300x16384", "70x33")
 TILES = {  # elements a thread, threads of a block, stages
     "forward": ((16, 768, 3), (8, 1024, 3), (16, 512, 3), (32, 512, 2), (8, 512, 4)),
@@ -85,11 +94,29 @@ def smoke(say: Say, options: Any) -> None:
         say(**checked(shape, "bfloat16", "layer_norm"))
 
 
+def in_time(problems: Iterable[Any], say: Say, options: Any) -> Iterator[Any]:
+    """The problems, until no time is left."""
+    for problem in problems:
+        if time.monotonic() > options.end:
+            say(stopped="no time is left", at=str(problem))
+            return
+        yield problem
+
+
 def values(say: Say, options: Any) -> None:
-    for shape, dtype, norm in itertools.product(
-        options.shapes, options.dtypes, _check.NORMS
-    ):
-        say(**checked(shape, dtype, norm))
+    problems = itertools.product(options.shapes, options.dtypes, _check.NORMS)
+    for shape, dtype, norm in in_time(problems, say, options):
+        rows = min(shape.rows, CHECKED_ELEMENTS // shape.features)
+        say(**checked(shape._replace(rows=rows), dtype, norm))
+
+
+def times(say: Say, options: Any) -> None:
+    path = f"{options.json or 'cuda_device.jsonl'}.times.json"
+    given = {"--shapes": map(str, options.shapes[:TIMED]), "--norms": options.norms}
+    given |= {"--dtypes": options.dtypes[:1], "--calls": [str(options.calls)]}
+    arguments = [word for name, words in given.items() for word in (name, *words)]
+    run.main([*arguments, "--json", path])
+    say(written=path)
 
 
 @contextlib.contextmanager
@@ -146,11 +173,17 @@ def sanitize(say: Say, options: Any) -> None:
 def main(command_line: list[str] | None = None) -> int:
     """0, or 1 if a value is wrong."""
     parser = report.parser(__doc__)
-    parser.add_argument("stages", nargs="+", choices=STAGES, metavar="STAGE")
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
     shapes.add_argument(parser, SHAPES)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--norms", nargs="+", default=PEERS, help="of times")
     parser.add_argument("--calls", type=int, default=20, help="that are profiled")
+    parser.add_argument("--seconds", type=float, default=560, help="that there are")
     options = parser.parse_args(command_line)
+    stages = options.stages or STAGES
+    if unknown := set(stages) - set(STAGES):
+        parser.error(f"a stage is one of {', '.join(STAGES)}; got {', '.join(unknown)}")
+    options.end = time.monotonic() + options.seconds
     where = report.environment()
     report.print_environment(where)
     wrong = False
@@ -166,7 +199,7 @@ def main(command_line: list[str] | None = None) -> int:
 
     stage = "environment"
     say(**where)
-    for stage in options.stages:
+    for stage in stages:
         globals()[stage](say, options)
     return int(wrong)
 

@@ -1,6 +1,7 @@
 """The device plan of the CUDA kernels runs, here by emulation."""
 
 import json
+import pathlib
 
 import cuda_emulation
 import jax
@@ -26,6 +27,7 @@ def lines(monkeypatch, tmp_path):
 
     def run(*arguments):
         small = ["--shapes", "6x64", "--dtypes", "float32", "--calls", "1"]
+        small += ["--norms", "cuda", "copy"]
         code = cuda_device.main([*arguments, *small, "--json", str(path)])
         return code, [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -36,13 +38,21 @@ def lines(monkeypatch, tmp_path):
 def test_values_and_tiles(lines, monkeypatch):
     tiles = {"forward": [(8, 512, 2)], "backward": [(8, 512, 2)]}
     monkeypatch.setattr(cuda_device, "TILES", tiles)
-    code, (environment, gpu, smoke, *values) = lines("smoke", "values", "sweep")
-    *values, forward, backward = values
+    stages = ("smoke", "values", "times", "sweep")
+    code, (environment, gpu, smoke, *values) = lines(*stages)
+    *values, times, forward, backward = values
     assert code == 0 and "device" in environment and gpu["gpu"]["capability"] == 90
     assert smoke["shape"] == "9x48" and len(values) == 4
     assert all(line["right"] and line["same bits"] for line in (smoke, *values))
     assert [line["program"] for line in (forward, backward)] == ["forward", "backward"]
     assert all(line["wall ms"] > 0 for line in (forward, backward))
+    results = json.loads(pathlib.Path(times["written"]).read_text())["results"]
+    assert {row["norm"] for row in results} == {"cuda", "copy"}
+
+
+def test_it_stops_in_time(lines):
+    code, (*_, last) = lines("values", "--seconds", "-1")
+    assert code == 0 and last["stopped"] == "no time is left"
 
 
 def test_a_wrong_value_is_a_failure(lines, monkeypatch):
