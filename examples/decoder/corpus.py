@@ -41,9 +41,17 @@ def split_text(text: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def training_batch(
-    training: np.ndarray, *, seed: int, step: int, batch: int, context: int
+    training: np.ndarray,
+    rows: slice = slice(None),
+    *,
+    seed: int,
+    step: int,
+    batch: int,
+    context: int,
 ) -> np.ndarray:
     """Windows `(batch, context + 1)` at places that depend on `seed` and `step` only.
+
+    Of these the `rows`, so that a process reads no more than its part.
 
     This is what makes a resumed run see the same data as an uninterrupted one: there is
     no position to save.
@@ -51,7 +59,7 @@ def training_batch(
     starts = np.random.default_rng([seed, step]).integers(
         0, len(training) - context, size=batch
     )
-    return training[starts[:, None] + np.arange(context + 1)]
+    return training[starts[rows, None] + np.arange(context + 1)]
 
 
 def held_out_windows(

@@ -7,7 +7,8 @@
 
 Tokens are bytes. Parameters are float32, the computation runs in `config.dtype`, the
 logits and the loss are float32. Every norm choice has the same parameter names, so the
-same seed gives the same initial parameters.
+same seed gives the same initial parameters. The axes of arrays have names, which mean
+nothing on one device; mesh.py says where they are split on more.
 
 Nothing here reads or writes a file.
 """
@@ -81,12 +82,22 @@ class DecoderConfig:
         )
 
 
-init = nn.initializers.normal(0.04)
+def normal(deviation: float, *axes: str | None) -> Any:
+    """An initializer of an array whose axes have these names."""
+    return nn.with_logical_partitioning(nn.initializers.normal(deviation), axes)
 
 
-def init_to_residual(config: DecoderConfig) -> Any:
+init = partial(normal, 0.04)
+
+
+def init_to_residual(config: DecoderConfig, *axes: str | None) -> Any:
     """Smaller, so that the residual does not grow with the number of layers."""
-    return nn.initializers.normal(0.04 / (2 * config.layers) ** 0.5)
+    return normal(0.04 / (2 * config.layers) ** 0.5, *axes)
+
+
+def residual_stream(x: jax.Array) -> jax.Array:
+    """`x` `(batch, length, width)`, with whole rows on each device."""
+    return nn.with_logical_constraint(x, ("batch", None, None))
 
 
 class Attention(nn.Module):
@@ -97,19 +108,15 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         config = self.config
-        heads = (config.heads, config.width // config.heads)
-        linear = partial(nn.DenseGeneral, use_bias=False, dtype=config.dtype)
+        linear = partial(nn.Dense, config.width, use_bias=False, dtype=config.dtype)
+        heads = (*x.shape[:-1], config.heads, config.width // config.heads)
         query, key, value = (
-            linear(heads, kernel_init=init, name=name)(x)
+            linear(kernel_init=init("width", "heads"), name=name)(x).reshape(heads)
             for name in ("query", "key", "value")
         )
         mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-        return linear(
-            config.width,
-            axis=(-2, -1),
-            kernel_init=init_to_residual(config),
-            name="out",
-        )(mixed)
+        to_residual = init_to_residual(config, "heads", "width")
+        return linear(kernel_init=to_residual, name="out")(mixed.reshape(x.shape))
 
 
 class MLP(nn.Module):
@@ -121,12 +128,10 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         config = self.config
         linear = partial(nn.Dense, use_bias=False, dtype=config.dtype)
-        hidden = (
-            jax.nn.relu(linear(4 * config.width, kernel_init=init, name="up")(x)) ** 2
-        )
-        return linear(config.width, kernel_init=init_to_residual(config), name="down")(
-            hidden
-        )
+        up = linear(4 * config.width, kernel_init=init("width", "mlp"), name="up")
+        to_residual = init_to_residual(config, "mlp", "width")
+        down = linear(config.width, kernel_init=to_residual, name="down")
+        return down(jax.nn.relu(up(x)) ** 2)
 
 
 class Block(nn.Module):
@@ -143,10 +148,10 @@ class Block(nn.Module):
         )
         norm_attention, norm_mlp = norm(name="norm_attention"), norm(name="norm_mlp")
         if self.config.placement == "pre":
-            x = x + attention(norm_attention(x))
-            return x + mlp(norm_mlp(x))
-        x = norm_attention(x + attention(x))
-        return norm_mlp(x + mlp(x))
+            x = residual_stream(x + attention(norm_attention(x)))
+            return residual_stream(x + mlp(norm_mlp(x)))
+        x = norm_attention(residual_stream(x + attention(x)))
+        return norm_mlp(residual_stream(x + mlp(x)))
 
 
 class Decoder(nn.Module):
@@ -162,12 +167,16 @@ class Decoder(nn.Module):
                 f"tokens must be at most context {config.context} long; "
                 f"got {tokens.shape[1]}."
             )
-        embed = partial(
-            nn.Embed, dtype=config.dtype, embedding_init=nn.initializers.normal(0.02)
-        )
-        token = embed(VOCABULARY, config.width, name="token")
-        position = embed(config.context, config.width, name="position")
-        x = token(tokens) + position(jnp.arange(tokens.shape[1]))
+        token, position = (
+            nn.Embed(
+                length, config.width, dtype=config.dtype, name=name,
+                embedding_init=normal(0.02, axis, "width"),
+            )
+            for name, length, axis in (
+                ("token", VOCABULARY, "vocabulary"), ("position", config.context, None),
+            )
+        )  # fmt: skip
+        x = residual_stream(token(tokens) + position(jnp.arange(tokens.shape[1])))
         for layer in range(config.layers):
             x = Block(config, name=f"block_{layer}")(x)
         x = NORMS[config.norm](dtype=config.dtype, name="norm_out")(x)
@@ -183,11 +192,20 @@ def next_byte_losses(
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
 
 
+def init_named_params(config: DecoderConfig, seed: int) -> Params:
+    """Parameters in boxes that tell the names of their axes."""
+    tokens = jnp.zeros((1, 1), jnp.int32)
+    return Decoder(config).init(jax.random.key(seed), tokens)["params"]
+
+
 def init_params(config: DecoderConfig, seed: int) -> Params:
     """Float32 parameters that depend on `seed` and the sizes only."""
-    return Decoder(config).init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))[
-        "params"
-    ]
+    return nn.unbox(init_named_params(config, seed))
+
+
+def param_axes(config: DecoderConfig) -> Any:
+    """A `PartitionSpec` of names for each parameter."""
+    return nn.get_partition_spec(jax.eval_shape(partial(init_named_params, config), 0))
 
 
 def generate(

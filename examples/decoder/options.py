@@ -1,13 +1,14 @@
 """The command line of `train.py`, with every check before the first write.
 
-The options are the fields of `RunConfig`, `DecoderConfig` and `TrainingConfig`; the text
-under a field is its help.
+The options are the fields of `RunConfig`, `DevicesConfig`, `DecoderConfig` and
+`TrainingConfig`; the text under a field is its help.
 """
 
 import argparse
 import hashlib
 import os
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -15,6 +16,7 @@ import corpus
 import jax
 import numpy as np
 import simple_parsing
+from mesh import Devices, Mesh, MeshShape, in_first, start_processes
 from model import VOCABULARY, DecoderConfig
 from run_folder import UsageError, check_folder
 from training import TrainingConfig
@@ -58,10 +60,52 @@ class RunConfig:
             )
 
 
+@dataclass(frozen=True)
+class DevicesConfig:
+    """More than one device, and more than one process."""
+
+    mesh: MeshShape | None = simple_parsing.field(  # noqa: RUF009
+        default=None,
+        type=MeshShape.parse,
+        metavar="data=D,model=M",
+        help="Train on D times M devices; None: on one, or on all along data if there"
+        " are several processes.",
+    )
+    cpu_devices: int = 1
+    """Let the CPU of this process pass for so many devices."""
+    coordinator: str | None = None
+    """HOST:PORT of the first of several processes."""
+    processes: int = 1
+    """Processes of this run; each is started with the same options but --process-id."""
+    process_id: int = 0
+    """Which of them this is, from 0."""
+    cluster: bool = simple_parsing.field(default=False, action="store_true")
+    """Take the last three from Slurm, Kubernetes or another cluster that JAX knows."""
+
+    def __post_init__(self) -> None:
+        if self.cpu_devices < 1:
+            raise ValueError(
+                f"cpu_devices must be at least 1; got {self.cpu_devices}. Try 8."
+            )
+        if not 0 <= self.process_id < self.processes:
+            raise ValueError(
+                "process_id must be from 0 to processes - 1; got process_id"
+                f" {self.process_id} and processes {self.processes}. Start each process"
+                " with an id of its own."
+            )
+        if (self.processes > 1) != (self.coordinator is not None):
+            raise ValueError(
+                "coordinator and processes go together; got coordinator"
+                f" {self.coordinator} and processes {self.processes}. Give both, or"
+                " neither for one process."
+            )
+
+
 class Run(NamedTuple):
     """A checked command line, with its text."""
 
     files: RunConfig
+    devices: Devices
     config: DecoderConfig
     settings: TrainingConfig
     training: np.ndarray
@@ -86,13 +130,14 @@ class OneLineParser(simple_parsing.ArgumentParser):
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The three configurations, as `files`, `config` and `settings`."""
+    """The configurations, as `files`, `devices`, `config` and `settings`."""
     parser = OneLineParser(
         description="Train a small decoder-only transformer on bytes.",
         allow_abbrev=False,
         add_option_string_dash_variants=simple_parsing.DashVariant.DASH,
     )
     parser.add_arguments(RunConfig, "files")
+    parser.add_arguments(DevicesConfig, "devices")
     parser.add_arguments(DecoderConfig, "config")
     parser.add_arguments(TrainingConfig, "settings")
     try:
@@ -102,12 +147,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def read_options(arguments: list[str] | None) -> Run:
-    """Parse, check, and load the text. Writes nothing.
+    """Parse, join the other processes, check, and load the text. Writes nothing.
 
     Raises:
       UsageError: the first thing that is wrong.
     """
     given = parse(arguments)
+    devices = find_devices(given.devices)
     try:
         text = corpus.load_text(given.files.text)
     except OSError as error:
@@ -116,7 +162,7 @@ def read_options(arguments: list[str] | None) -> Run:
             "Give another --text."
         ) from None
     training, held_out = corpus.split_text(text)
-    run = Run(given.files, given.config, given.settings, training, held_out)
+    run = Run(given.files, devices, given.config, given.settings, training, held_out)
     if len(held_out) < run.config.context:
         raise UsageError(
             "the held-out tenth of the text must be at least as long as --context; "
@@ -124,9 +170,59 @@ def read_options(arguments: list[str] | None) -> Run:
             f"--context is {run.config.context}. Give a longer --text or a smaller "
             "--context."
         )
+    check_mesh(devices.shape, run.config, run.settings)
     check_memory(run.config, run.settings)
-    check_folder(run.files.out, run.describe(), resume=run.files.resume)
+    check = partial(
+        check_folder, run.files.out, run.describe(), resume=run.files.resume
+    )
+    in_first(check, UsageError, None)
     return run
+
+
+def find_devices(given: DevicesConfig) -> Devices:
+    """The devices of all processes, joined."""
+    if given.cpu_devices > 1:
+        jax.config.update("jax_num_cpu_devices", given.cpu_devices)
+    try:
+        start_processes(
+            given.coordinator, given.processes, given.process_id, cluster=given.cluster
+        )
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(
+            f"the processes did not find each other: {str(error).splitlines()[0]}."
+            " Start all of them, with the same --coordinator and --processes."
+        ) from None
+    there, shape = jax.device_count(), given.mesh
+    if shape is None:
+        if jax.process_count() == 1:
+            return Devices()
+        shape = MeshShape(there, 1)
+    wanted = shape.data * shape.model
+    if wanted > there or (wanted < there and jax.process_count() > 1):
+        raise UsageError(
+            f"--mesh must fit the devices; data={shape.data},model={shape.model} has"
+            f" {wanted} and there are {there}. Give another --mesh; on a CPU,"
+            " --cpu-devices."
+        )
+    return Mesh.of(shape)
+
+
+def check_mesh(
+    shape: MeshShape, config: DecoderConfig, settings: TrainingConfig
+) -> None:
+    """Each array must split evenly along its axes of the mesh."""
+    for axis, name, size in (
+        ("data", "--batch", settings.batch),
+        ("data", "--width", config.width),
+        ("model", "--heads", config.heads),
+        ("model", "the number of byte values", VOCABULARY),
+    ):
+        count = getattr(shape, axis)
+        if size % count:
+            raise UsageError(
+                f"{name} must be a multiple of the devices along {axis}; it is {size},"
+                f" and {axis}={count}. Give another --mesh or {name}."
+            )
 
 
 def check_memory(config: DecoderConfig, settings: TrainingConfig) -> None:
@@ -138,7 +234,9 @@ def check_memory(config: DecoderConfig, settings: TrainingConfig) -> None:
     needed = 16 * parameters + 4 * settings.batch * context * saved
     device = jax.devices()[0]
     there = (device.memory_stats() or {}).get("bytes_limit")
-    if there is None:
+    if there is not None:
+        there *= jax.device_count()
+    else:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise UsageError(

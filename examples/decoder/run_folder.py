@@ -14,10 +14,12 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+import filelock
 import jax
 import orbax.checkpoint as ocp
 
 CONFIG, METRICS, CHECKPOINTS = "config.json", "metrics.csv", "checkpoints"
+LOCK = ".lock"
 PLOT, SAMPLE, SUMMARY = "loss.png", "sample.txt", "summary.txt"
 FILES = (CONFIG, METRICS, CHECKPOINTS, PLOT, SAMPLE, SUMMARY)
 
@@ -96,15 +98,26 @@ def check_folder(out: Path, config: dict[str, Any], *, resume: bool) -> None:
         )
 
 
-def make_folder(out: Path) -> None:
-    """Make `out`, unless it is there."""
+def make_folder(out: Path) -> filelock.BaseFileLock:
+    """Make `out`, unless it is there, and lock it against another run.
+
+    The lock is the operating system's, which takes it from a process that is killed.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(out / LOCK, timeout=0)
+        lock.acquire()
+    except filelock.Timeout:
+        raise UsageError(
+            f"--out must not be in use; another process is training in {out}. "
+            "Wait for it, or give another --out."
+        ) from None
     except OSError as error:
         raise UsageError(
             f"--out must be a folder that can be made; {out}: {error.strerror}. "
             "Give another --out."
         ) from None
+    return lock
 
 
 def write_file(path: Path, content: str | bytes) -> None:

@@ -9,9 +9,12 @@ A run can be stopped at any moment, also by `kill -9`: the same command with `--
 goes on from the last checkpoint, and its metrics are bit for bit those of a run that
 was never stopped (times aside).
 
+With --mesh it trains on several devices, and with --processes in several processes, of
+which the first one prints and writes; README.md has examples.
+
 Exit codes: 0 finished, or stopped by Ctrl-C or SIGTERM with a checkpoint saved; 1 the
-loss is no longer finite; 2 bad input, nothing written; 130 stopped by a second Ctrl-C,
-or before there was anything to save.
+loss is no longer finite, or another process is gone; 2 bad input, nothing written; 130
+stopped by a second Ctrl-C, or before there was anything to save.
 """
 
 import json
@@ -21,11 +24,12 @@ import signal
 import sys
 import time
 from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from types import FrameType
 
 import jax
+import mesh
 import report
 import run_folder
 from model import Params, generate, init_params
@@ -40,10 +44,22 @@ PROMPT_BYTES, SAMPLE_BYTES = 32, 500
 def main(arguments: list[str] | None = None) -> int:
     """The whole program; returns the exit code."""
     try:
-        return start(read_options(arguments))
+        run = read_options(arguments)
+        with redirect_stdout(sys.stdout if mesh.is_first() else None):
+            return start(run)
     except (UsageError, FloatingPointError) as error:
-        print(f"train: {error}", file=sys.stderr)
+        if mesh.is_first():
+            print(f"train: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        print(
+            f"train: another process of this run is gone ({str(error).splitlines()[0]})."
+            " Start all of them again with --resume: they go on from the last save.",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        mesh.end_without_the_others()
     except KeyboardInterrupt:
         print("\nStopped. The same command with --resume goes on from the last save.")
         return 130
@@ -58,6 +74,12 @@ def start(run: Run) -> int:
     print(
         f"Device  {device.platform} ({device.device_kind}), {os.cpu_count()} CPU cores"
     )
+    if run.devices.shape != (1, 1):
+        data, model = run.devices.shape
+        print(
+            f"Mesh    {data} devices along data times {model} along model, in"
+            f" {jax.process_count()} process(es)"
+        )
     print(f"Model   {config.title()}, {parameters:,} parameters")
     print(
         f"Text    {run.files.text or 'pydoc_data.topics'}: "
@@ -68,40 +90,52 @@ def start(run: Run) -> int:
         f"({settings.batch} windows of {config.context} bytes)"
     )
     print(f"Output  {out}", flush=True)
-    if run.files.resume and (out / run_folder.SUMMARY).exists():
+    finished = run.files.resume and (out / run_folder.SUMMARY).exists()
+    if mesh.any_process(mesh.is_first() and finished):
         print("This run is finished already. Its summary:\n")
         print((out / run_folder.SUMMARY).read_text(), end="")
         return 0
     if run.files.resume and not (out / run_folder.CONFIG).exists():
         print("Nothing to resume yet: starting from the beginning.", flush=True)
-    run_folder.make_folder(out)
-    description = json.dumps(run.describe(), indent=2) + "\n"
-    run_folder.write_file(out / run_folder.CONFIG, description)
-    return train_in_folder(run)
+    lock = mesh.in_first(
+        partial(run_folder.make_folder, out), UsageError, nullcontext()
+    )
+    with lock:
+        if mesh.is_first():
+            description = json.dumps(run.describe(), indent=2) + "\n"
+            run_folder.write_file(out / run_folder.CONFIG, description)
+        return train_in_folder(run)
 
 
 def train_in_folder(run: Run) -> int:
     """Train from the last checkpoint, if there is one, and report at the end."""
     config, settings, out = run.config, run.settings, run.files.out
-    with run_folder.open_checkpoints(out) as checkpoints, stop_requests() as stop:
-        state = init_state(config, settings)
+    with (
+        run.devices.entered(),
+        run_folder.open_checkpoints(out) as checkpoints,
+        stop_requests() as stop,
+    ):
+        state = init_state(config, settings, run.devices)
         state, done = run_folder.restore_checkpoint(checkpoints, state)
-        rows = run_folder.cut_metrics(out, done)
+        rows = mesh.in_first(partial(run_folder.cut_metrics, out, done), UsageError, [])
         if done:
             print(f"Resuming after step {done} of {settings.steps}.", flush=True)
         steps = train(
-            config, settings, run.training, run.held_out, state=state, done=done
-        )
+            config, settings, run.training, run.held_out,
+            state=state, done=done, devices=run.devices,
+        )  # fmt: skip
+        stopping = False
         with closing(record(steps, run, rows)) as recorded:
             for result in recorded:
                 state, done = result.state, result.step
                 due = done % run.files.checkpoint_every == 0 or done == settings.steps
-                if due or stop:
+                stopping = mesh.any_process(bool(stop))
+                if due or stopping:
                     run_folder.save_checkpoint(checkpoints, done, state)
-                if stop:
+                if stopping:
                     break
-    if stop:
-        name = signal.Signals(stop[0]).name
+    if stopping:
+        name = signal.Signals(stop[0]).name if stop else "a signal to another process"
         print(f"Stopped by {name}: step {done} of {settings.steps} is saved in {out}.")
         print("The same command with --resume goes on from there.")
         return 0
@@ -121,13 +155,15 @@ def record(
     ]
     tokens = run.settings.batch * run.config.context
     beginning = time.perf_counter()
+    path = run.files.out / run_folder.METRICS if mesh.is_first() else os.devnull
     with (
-        open(run.files.out / run_folder.METRICS, "a") as metrics,
+        open(path, "a") as metrics,
         tqdm(
             initial=first,
             total=run.settings.steps,
             unit="step",
             mininterval=0.5 if sys.stderr.isatty() else 10,
+            disable=not mesh.is_first(),
         ) as bar,
     ):
         for result in steps:
@@ -159,7 +195,13 @@ def record(
 def finish(run: Run, params: Params, rows: list[Row]) -> None:
     """Evaluate, draw a sample, plot; write and print the summary."""
     print("Evaluating on the whole held-out text ...", flush=True)
-    bits = evaluate(run.config, params, run.training, run.held_out)
+    with run.devices.entered():
+        bits = evaluate(
+            run.config, params, run.training, run.held_out, devices=run.devices
+        )
+        params = run.devices.gathered(params)
+    if not mesh.is_first():
+        return
     prompt = run.held_out[:PROMPT_BYTES].tobytes()
     drawn = generate(run.config, params, prompt, SAMPLE_BYTES, seed=run.settings.seed)
     plot = report.plot_losses(rows, bits, run.config.title())

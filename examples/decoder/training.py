@@ -13,12 +13,16 @@ from functools import partial
 from typing import NamedTuple
 
 import corpus
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from model import DecoderConfig, Params, init_params, next_byte_losses
+from jax.sharding import PartitionSpec
+from mesh import Devices
+from model import DecoderConfig, Params, init_params, next_byte_losses, param_axes
 
+ONE_DEVICE = Devices()
 VALIDATION_WINDOWS = 64
 NATS_PER_BIT = math.log(2)
 
@@ -101,19 +105,39 @@ def make_optimizer(settings: TrainingConfig) -> optax.GradientTransformation:
     )
 
 
-def init_state(config: DecoderConfig, settings: TrainingConfig) -> TrainState:
-    params = init_params(config, settings.seed)
-    return TrainState(params, make_optimizer(settings).init(params))
+def init_state(
+    config: DecoderConfig, settings: TrainingConfig, devices: Devices = ONE_DEVICE
+) -> TrainState:
+    def init() -> TrainState:
+        params = init_params(config, settings.seed)
+        return TrainState(params, make_optimizer(settings).init(params))
+
+    return devices.make_state(init, state_axes(config, settings))
+
+
+def state_axes(config: DecoderConfig, settings: TrainingConfig) -> TrainState:
+    """The names of the axes; what the optimizer keeps of a parameter has its axes."""
+    optimizer, params = make_optimizer(settings), param_axes(config)
+    shapes = jax.eval_shape(partial(init_params, config), 0)
+    kept = optax.tree.map_params(
+        optimizer,
+        lambda _, axes: axes,
+        jax.eval_shape(optimizer.init, shapes),
+        params,
+        transform_non_params=lambda _: PartitionSpec(),
+    )
+    return TrainState(params, kept)
 
 
 def make_train_step(
-    config: DecoderConfig, settings: TrainingConfig
+    config: DecoderConfig, settings: TrainingConfig, devices: Devices = ONE_DEVICE
 ) -> Callable[[TrainState, jax.Array], tuple[TrainState, jax.Array]]:
     """The jitted step `(state, windows) -> (state, mean loss in nats)`.
 
     It donates `state`: the arrays passed in cannot be used again.
     """
     optimizer = make_optimizer(settings)
+    axes = state_axes(config, settings)
 
     @partial(jax.jit, donate_argnums=0)
     def train_step(
@@ -125,9 +149,8 @@ def make_train_step(
         updates, optimizer_state = optimizer.update(
             gradients, state.optimizer, state.params
         )
-        return TrainState(
-            optax.apply_updates(state.params, updates), optimizer_state
-        ), loss
+        params = optax.apply_updates(state.params, updates)
+        return devices.keep(TrainState(params, optimizer_state), axes), loss
 
     return train_step
 
@@ -138,7 +161,9 @@ def _counted_nats(
 ) -> jax.Array:
     """The sum of the last `counts` losses of each window."""
     counted = jnp.arange(config.context) >= config.context - counts[:, None]
-    return jnp.sum(next_byte_losses(config, params, windows), axis=1, where=counted)
+    losses = next_byte_losses(config, params, windows)
+    # All of them on every device, and so in every process.
+    return nn.with_logical_constraint(jnp.sum(losses, 1, where=counted), (None,))
 
 
 def default_stride(context: int) -> int:
@@ -155,6 +180,7 @@ def evaluate(
     stride: int | None = None,
     windows: int | None = None,
     batch: int = 32,
+    devices: Devices = ONE_DEVICE,
 ) -> float:
     """Bits per held-out byte, each byte predicted once; see `corpus.held_out_windows`.
 
@@ -163,6 +189,7 @@ def evaluate(
         with more context.
       windows: how many of the windows to take, evenly spread; by default all of them.
       batch: how many windows are computed at once.
+      devices: where they are computed.
     """
     stride = stride or default_stride(config.context)
     texts, counts = corpus.held_out_windows(
@@ -172,14 +199,17 @@ def evaluate(
         chosen = np.arange(windows) * len(texts) // windows
         texts, counts = texts[chosen], counts[chosen]
     total = int(counts.sum())
+    batch += -batch % devices.shape.data
     # One shape, one compilation: windows that count no prediction fill the last batch.
     pad = -len(texts) % batch
     texts, counts = np.pad(texts, ((0, pad), (0, 0))), np.pad(counts, (0, pad))
     nats = 0.0
     for at in range(0, len(texts), batch):
-        sums = _counted_nats(
-            config, params, texts[at : at + batch], counts[at : at + batch]
+        some, of_each = (
+            devices.rows(batch, array[at : at + batch].__getitem__)
+            for array in (texts, counts)
         )
+        sums = _counted_nats(config, params, some, of_each)
         nats += float(np.sum(np.asarray(sums), dtype=np.float64))
     return nats / total / NATS_PER_BIT
 
@@ -192,6 +222,7 @@ def train(
     *,
     state: TrainState | None = None,
     done: int = 0,
+    devices: Devices = ONE_DEVICE,
 ) -> Iterator[Step]:
     """Train on from `state` after `done` steps, by default none; yield each step.
 
@@ -200,16 +231,18 @@ def train(
     without overlap: a part of the held-out text, with less context than in `evaluate`
     by default, so a little higher.
     """
-    state = init_state(config, settings) if state is None else state
-    train_step = make_train_step(config, settings)
+    state = init_state(config, settings, devices) if state is None else state
+    train_step = make_train_step(config, settings, devices)
     for step in range(done + 1, settings.steps + 1):
-        windows = corpus.training_batch(
+        read = partial(
+            corpus.training_batch,
             training,
             seed=settings.seed,
             step=step,
             batch=settings.batch,
             context=config.context,
         )
+        windows = devices.rows(settings.batch, read)
         state, loss = train_step(state, windows)
         validation = None
         if step % settings.validate_every == 0 or step == settings.steps:
@@ -220,5 +253,6 @@ def train(
                 held_out,
                 stride=config.context,
                 windows=VALIDATION_WINDOWS,
+                devices=devices,
             )
         yield Step(step, state, float(loss) / NATS_PER_BIT, validation)
