@@ -55,7 +55,7 @@ class MeshShape(NamedTuple):
         if min(shape) < 1:
             raise ValueError(
                 "mesh must give the devices along data and model; "
-                f"got {text!r}. Try data={jax.device_count()},model=1."
+                f"got {text!r}. Try data=4,model=2."
             )
         return shape
 
@@ -117,10 +117,10 @@ class Mesh(Devices):
         return stack
 
     def make_state(self, init: Callable[[], Any], axes: Any) -> Any:
-        return jax.jit(init, out_shardings=self._shardings(axes))()
+        return jax.jit(init, out_shardings=self.shardings(axes))()
 
     def keep(self, state: Any, axes: Any) -> Any:
-        return jax.lax.with_sharding_constraint(state, self._shardings(axes))
+        return jax.lax.with_sharding_constraint(state, self.shardings(axes))
 
     def rows(self, count: int, read: Callable[[slice], np.ndarray]) -> jax.Array:
         shape = (count, *read(slice(0, 1)).shape[1:])
@@ -134,7 +134,8 @@ class Mesh(Devices):
         whole = jax.jit(lambda tree: tree, out_shardings=everywhere)(tree)
         return jax.tree.map(lambda array: array.addressable_data(0), whole)
 
-    def _shardings(self, axes: Any) -> Any:
+    def shardings(self, axes: Any) -> Any:
+        """Where arrays are whose axes have these names."""
         return nn.logical_to_mesh_sharding(axes, self.mesh, RULES)
 
 

@@ -64,13 +64,9 @@ class RunConfig:
 class DevicesConfig:
     """More than one device, and more than one process."""
 
-    mesh: MeshShape | None = simple_parsing.field(  # noqa: RUF009
-        default=None,
-        type=MeshShape.parse,
-        metavar="data=D,model=M",
-        help="Train on D times M devices; None: on one, or on all along data if there"
-        " are several processes.",
-    )
+    mesh: str | None = None
+    """Devices along each axis, as in data=4,model=2. None: one device, or all of several
+    processes along data."""
     cpu_devices: int = 1
     """Let the CPU of this process pass for so many devices."""
     coordinator: str | None = None
@@ -83,6 +79,8 @@ class DevicesConfig:
     """Take the last three from Slurm, Kubernetes or another cluster that JAX knows."""
 
     def __post_init__(self) -> None:
+        if self.mesh is not None:
+            MeshShape.parse(self.mesh)
         if self.cpu_devices < 1:
             raise ValueError(
                 f"cpu_devices must be at least 1; got {self.cpu_devices}. Try 8."
@@ -192,8 +190,10 @@ def find_devices(given: DevicesConfig) -> Devices:
             f"the processes did not find each other: {str(error).splitlines()[0]}."
             " Start all of them, with the same --coordinator and --processes."
         ) from None
-    there, shape = jax.device_count(), given.mesh
-    if shape is None:
+    there = jax.device_count()
+    if given.mesh is not None:
+        shape = MeshShape.parse(given.mesh)
+    else:
         if jax.process_count() == 1:
             return Devices()
         shape = MeshShape(there, 1)
@@ -232,7 +232,7 @@ def check_memory(config: DecoderConfig, settings: TrainingConfig) -> None:
     saved = layers * (16 * width + 2 * config.heads * context) + 2 * VOCABULARY
     # Four float32 per parameter: itself, its gradient and the two moments of Adam.
     needed = 16 * parameters + 4 * settings.batch * context * saved
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     there = (device.memory_stats() or {}).get("bytes_limit")
     if there is not None:
         there *= jax.device_count()

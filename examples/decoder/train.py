@@ -55,8 +55,9 @@ def main(arguments: list[str] | None = None) -> int:
         if jax.process_count() == 1:
             raise
         print(
-            f"train: another process of this run is gone ({str(error).splitlines()[0]})."
-            " Start all of them again with --resume: they go on from the last save.",
+            f"train: {str(error).splitlines()[0]} If this is because another process"
+            " of the run is gone, start all of them again with --resume: they go on from"
+            " the last save.",
             file=sys.stderr, flush=True,
         )  # fmt: skip
         mesh.end_without_the_others()
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
 def start(run: Run) -> int:
     """Tell what is about to happen, and do it, unless it has been done."""
     config, settings, out = run.config, run.settings, run.files.out
-    device = jax.devices()[0]
+    device = jax.local_devices()[0]
     shapes = jax.tree.leaves(jax.eval_shape(partial(init_params, config), 0))
     parameters = sum(math.prod(each.shape) for each in shapes)
     print(

@@ -157,7 +157,7 @@ def test_a_second_signal_acts_as_usual():
 
 def test_a_finished_run_leaves_readable_files_and_tells_them(finished):
     out, output = finished
-    assert sorted(path.name for path in out.iterdir()) == sorted(run_folder.FILES)
+    assert {path.name for path in out.iterdir()} == {*run_folder.FILES, run_folder.LOCK}
     assert all(name in output for name in run_folder.FILES)
     assert json.loads((out / "config.json").read_text())["norm"] == "layernorm"
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
