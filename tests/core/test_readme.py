@@ -16,6 +16,7 @@ ROOT = pathlib.Path(__file__).parents[2]
         ("README.md", ""),
         ("docs/switching-from-flax.md", ""),
         ("docs/training-and-serving.md", ""),
+        ("docs/scaling.md", ""),
         ("docs/switching-from-torch.md", ""),
         ("docs/switching-from-torch.md", "safetensors"),
         ("docs/switching-from-torch.md", "torch"),
