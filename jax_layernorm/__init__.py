@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> object:
-    if name in ("linen", "nnx", "convert"):  # on first use: some need flax
+    if name in ("linen", "nnx", "convert"):  # on first use, because some need flax
         import importlib
 
         return importlib.import_module(f"jax_layernorm.{name}")

@@ -1,4 +1,4 @@
-"""`python -m jax_layernorm`: versions and choices; `... check`: is it right and fast?"""
+"""`python -m jax_layernorm` prints versions and choices; `check` tests and times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of the public functions' arguments; what passes cannot give a wrong number.
+"""Checks the public functions' arguments; what passes cannot give a wrong number.
 
 Every message states the rule, what was received, and the fix.
 """
@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jax_layernorm._kernels import KERNELS
 
 Implementation = Literal["xla", "native_cpu", "pallas_tpu", "cuda"]
-"""Names of the public contract that this version does not provide."""
+"""The names of the implementations."""
 
 DTYPES = tuple(map(jnp.dtype, (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)))
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -148,7 +148,7 @@ def check_params(params: Any, x: Array, axes: tuple[int, ...]) -> CheckedParams:
 
 
 def _check_param(key: str, value: Any, x: Array, axes: tuple[int, ...]) -> Array | None:
-    """The parameter in a shape that broadcasts against `x`, axes in the order of `x`."""
+    """The parameter, broadcastable against `x`, with its axes in the order of `x`."""
     if value is None:
         return None
     name = f"params[{key!r}]"
@@ -178,7 +178,7 @@ def _in_the_order_of_x(value: Array, axes: tuple[int, ...]) -> Array:
 
 
 def _broadcasts(shape: tuple[Any, ...], onto: tuple[Any, ...]) -> bool:
-    """Whether an array of `shape` broadcasts to one of shape `onto`, and no further."""
+    """Whether an array of `shape` broadcasts to the shape `onto`, and not beyond it."""
     trailing = onto[len(onto) - len(shape) :]
     return len(shape) <= len(onto) and all(
         n in (1, m) for n, m in zip(shape, trailing, strict=True)

@@ -1,7 +1,8 @@
-"""`jax.vmap` of the norm's ops: the mapped axis becomes one more axis of rows.
+"""`jax.vmap` of the norm's ops: the mapped axis becomes another axis of rows.
 
-So a kernel still runs, once for all, and with the hand-written backward pass. Parameters
-that are mapped too become ones that broadcast against `x`.
+So a kernel still runs, once for the whole batch, and the backward pass is still the
+hand-written one. If parameters are mapped too, they are reshaped to broadcast against
+`x`.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def batch_backward(operands: Any, dims: Any, static: dict[str, Any]) -> Batched 
 
 
 def _same_size(operands: Any, dims: Any) -> Any:
-    """Operands with the mapped axis in front, in all of them; None if mapped in none."""
+    """All operands with the mapped axis in front; None if no operand is mapped."""
     leaves, treedef = jax.tree.flatten(operands)
     positions = treedef.flatten_up_to(dims)
     sizes = {
@@ -70,7 +71,7 @@ def _same_size(operands: Any, dims: Any) -> Any:
 
 
 def _aligned(operands: Any, dims: Any, ndim: int) -> list[Array | None]:
-    """Operands that broadcast against rank `ndim`, those that are mapped along axis 0."""
+    """Operands that broadcast against rank `ndim`; a mapped axis comes first."""
     return [
         operand
         if operand is None or position is None

@@ -1,7 +1,8 @@
 """`python -m jax_layernorm check`: is every implementation right and fast on this device?
 
 Each implementation that can run here computes the four norms, forward and backward in
-one program, and is compared with float64 NumPy and with a copy of as many bytes.
+one program. Its results are compared with float64 NumPy, and its time with that of a
+copy of as many bytes.
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ NORMS = {
     "add_rms_norm": _functions.add_rms_norm,
 }
 ACCELERATOR_ROWS = 8
-"""So many times the rows on a GPU or TPU, which keep the smaller arrays in a cache."""
+"""The factor for the rows on a GPU or TPU: its cache would hold the smaller arrays."""
 ULPS = 8
-"""An error of y or dx beyond this is wrong: a few roundings of float32."""
+"""The largest error of y or dx that is not wrong: a few roundings of float32."""
 SAMPLES = 64
-"""Rows of y and dx, and columns of dscale and dbias, that are compared."""
+"""How many rows of y and dx, and columns of dscale and dbias, are compared."""
 SECONDS = 0.05
-"""Of calls that are timed, at the least, for each program."""
+"""How long the calls of each program are timed, at least."""
 
 
 class Problem(NamedTuple):
@@ -60,19 +61,19 @@ class Problem(NamedTuple):
 
     @property
     def moved_bytes(self) -> int:
-        """The fewest bytes: forward and backward each read and write whole arrays once."""
+        """The fewest bytes: each pass reads and writes the whole arrays once."""
         return (8 if self.adds else 5) * self.arrays[0].nbytes
 
 
 class Errors(NamedTuple):
-    """The largest ones, in units of the last place; NaN if a result has one."""
+    """The largest errors, in units of the last place; NaN if a result has a NaN."""
 
     y: float
     dx: float
     sums: float  # dscale and dbias
 
     def too_large(self, rows: int) -> bool:
-        """A sum of n terms errs, by chance, like the square root of n."""
+        """The error of a sum of n terms grows, by chance, like the square root of n."""
         limits = (ULPS, ULPS, ULPS + math.sqrt(rows))
         return not all(e <= limit for e, limit in zip(self, limits, strict=True))
 
@@ -90,7 +91,7 @@ class Row(NamedTuple):
 
     @property
     def is_wrong(self) -> bool:
-        """Flax's errors are shown and not judged."""
+        """Flax's errors are shown but not judged."""
         return self.implementation != "Flax" and self.errors.too_large(self.shape[0])
 
     def __str__(self) -> str:
@@ -139,7 +140,7 @@ def program(norm: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def platforms() -> tuple[str, ...]:
-    """What lowering may call this device's platform."""
+    """The names that lowering may use for this device's platform."""
     backend = jax.default_backend()
     return ("cuda", "rocm") if backend == "gpu" else (backend,)
 
@@ -166,7 +167,7 @@ def candidates(norm: str) -> dict[str, Callable[..., Any]]:
 
 
 class Expected(NamedTuple):
-    """What NumPy finds in float64, at some rows and some columns."""
+    """What NumPy computes in float64, at some rows and some columns."""
 
     rows: np.ndarray
     columns: np.ndarray
@@ -177,7 +178,7 @@ class Expected(NamedTuple):
 
 
 def oracle(problem: Problem, normalized: np.ndarray) -> Expected:
-    """The norm and its gradients, two passes; `normalized` is x, or the stored sum."""
+    """The norm and its gradients in two passes; `normalized` is x or the stored sum."""
     count, features = normalized.shape
     rows = np.unique(np.linspace(0, count - 1, SAMPLES, dtype=int))
     columns = np.unique(np.linspace(0, features - 1, SAMPLES, dtype=int))
@@ -210,7 +211,7 @@ def oracle(problem: Problem, normalized: np.ndarray) -> Expected:
 
 
 def ulps(actual: Any, expected: np.ndarray) -> float:
-    """The largest error, in units of the last place of its row's largest right value."""
+    """The largest error, in units of the last place of the row's largest value."""
     eps = float(jnp.finfo(actual.dtype).eps)
     largest = np.max(np.abs(expected), -1, keepdims=True)
     unit = eps * 2.0 ** np.floor(np.log2(largest))
@@ -224,12 +225,12 @@ def errors_of(out: Any, problem: Problem) -> Errors:
         ulps(gradient[right.columns], getattr(right, f"d{name}"))
         for name, gradient in dparams.items()
     ]
-    largest = float(np.max(sums))  # NaN if one is
+    largest = float(np.max(sums))  # NaN if any of them is
     return Errors(ulps(y[right.rows], right.y), ulps(dx[right.rows], right.dx), largest)
 
 
 def seconds_of(function: Callable[..., Any], *arguments: Any) -> float:
-    """The median of a call, queued a few at a time."""
+    """The median time of a call; a few calls are queued at a time."""
     jax.block_until_ready(function(*arguments))
     calls, times, start = 1, [], time.perf_counter()
     while len(times) < 3 or time.perf_counter() - start < SECONDS:
@@ -242,13 +243,13 @@ def seconds_of(function: Callable[..., Any], *arguments: Any) -> float:
 
 
 def copy_seconds_of(problem: Problem) -> float:
-    """Of a copy that moves as many bytes: it reads half of them, and writes half."""
+    """The time of a copy that moves as many bytes: it reads half, and writes half."""
     half = jnp.zeros(problem.moved_bytes // 8, jnp.float32)
     return seconds_of(jax.jit(jnp.copy), half)
 
 
 def measure(problem: Problem, reasons: dict[str, str]) -> list[Row]:
-    """A row for each implementation; why one cannot run goes into `reasons`."""
+    """A row for each implementation; `reasons` collects why some cannot run."""
     arguments = jax.device_put((problem.params, problem.arrays, problem.cotangents))
     copy_seconds = copy_seconds_of(problem)
     rows = []
@@ -302,7 +303,7 @@ def verdict(tables: list[list[Row]]) -> str:
 def check(
     shapes: Sequence[tuple[int, int]] | None = None, dtypes: Sequence[str] = DTYPES
 ) -> int:
-    """Prints the table and the verdict; 0, or 1 if an implementation is wrong."""
+    """Prints the table and the verdict; returns 1 if anything is wrong, else 0."""
     print_environment()
     if shapes is None:
         factor = 1 if jax.default_backend() == "cpu" else ACCELERATOR_ROWS

@@ -3,8 +3,8 @@
 Plain `jax.numpy` on arrays of any rank. Every other file decides *when* one of
 these two functions runs and *what* runs in its place; none repeats a formula.
 
-With N the number of elements along the normalized axes, sums and means running
-over them, and gamma = scale_offset + scale:
+N is the number of elements along the normalized axes, sums and means run over them, and
+gamma = scale_offset + scale:
 
     layer norm   m = mean(x);  c = x - m;  d = mean(c);  c = c - d;  var = mean(c * c)
     RMS norm     c = x;                                              var = mean(x * x)
@@ -13,28 +13,30 @@ over them, and gamma = scale_offset + scale:
     x_hat = c * rstd
     y     = x_hat * gamma + bias
 
-Subtracting the mean a second time is what makes an offset free: m is wrong by about
-a unit in its last place, which for mean(x) >> std(x) is much of the deviation itself,
-and d measures that error exactly where it can still be represented (Chan, Golub,
-LeVeque, "Algorithms for Computing the Sample Variance", 1983, the corrected two-pass
-algorithm). Both are kept: m + d is the mean in two words.
+The second subtraction is why a large offset costs no accuracy. m is wrong by about a
+unit in its last place. If mean(x) >> std(x), that is much of the deviation itself. d
+measures that error exactly where it can still be represented (Chan, Golub, LeVeque,
+"Algorithms for Computing the Sample Variance", 1983, the corrected two-pass algorithm).
+Both are kept: m + d is the mean in two words.
 
-So that d costs no pass over x of its own, what needs it is summed before it is known:
+d costs no separate pass over x, because the sums that need it are taken before it is
+known:
 
     N * var        = sum(c * c) - N * d * d            over c before it is corrected
     sum(g * x_hat) = rstd * (sum(g * c) - d * sum(g))
 
-Since d is of the size of the rounding error of m, what is subtracted is no more than
-the rest, unless all of a row is constant to the last bits.
+d is about as large as the rounding error of m. So the subtracted term is no larger than
+what is left, unless the whole row is constant to the last bits.
 
-By the same two lines m need not be the mean, where a pass over x to find it costs more
-than it is worth ("shifted data" in the same article): the mean of the row's first
-elements serves too, or 0, whichever has the smaller sum(c * c), both summed in one pass.
-The rounding of var grows by 1 + (mean - m)**2 / var: it is as good as with the mean itself
-unless the first elements are outliers, and never worse than E[x^2] - E[x]^2 is. What is
-kept is m + d, in two words as before.
+With the same two lines, m need not be the mean ("shifted data" in the same article).
+That helps if a pass over x to find the mean costs more than it is worth. Then m is the
+mean of the row's first elements, or 0, whichever has the smaller sum(c * c); both sums
+are taken in one pass. The rounding error of var grows by 1 + (mean - m)**2 / var. So it
+is as good as with the mean itself unless the first elements are outliers, and never
+worse than with E[x^2] - E[x]^2. m + d is kept, in two words as before.
 
-Elements that a mask leaves out are 0 in c, x_hat, y and every sum, and not counted in N.
+Elements that a mask leaves out are 0 in c, x_hat, y and every sum, and N does not count
+them.
 
 For the cotangents dy, dmean and drstd of y, mean and rstd, with g = dy * gamma:
 
@@ -43,12 +45,12 @@ For the cotangents dy, dmean and drstd of y, mean and rstd, with g = dy * gamma:
     dx     = rstd * (g - mean(g) - x_hat * (mean(g * x_hat) + rstd * drstd / N))
              + dmean / N
 
-(RMS norm has no mean: no mean(g), no dmean.) The form with x_hat, and not the
-rstd**3 that differentiating line by line gives, cannot underflow.
+RMS norm has no mean, so it has no mean(g) and no dmean. Differentiating line by line
+would give a factor rstd**3, which can underflow. The form with x_hat cannot.
 
-Where the normalized axes are split over devices, or over a mapped axis, the parts'
-N_i, mean_i and S_i = sum(c * c) merge (Chan, Golub, LeVeque, eq. 2.1, for many parts)
-without ever forming a sum of large numbers:
+If the normalized axes are split over devices, or over a mapped axis, the parts have
+N_i, mean_i and S_i = sum(c * c). They merge without ever forming a sum of large numbers
+(Chan, Golub, LeVeque, eq. 2.1, for many parts):
 
     mean = sum(N_i * mean_i) / N;   S = sum(S_i + N_i * (mean_i - mean)**2)
 
@@ -75,16 +77,16 @@ if TYPE_CHECKING:
 
 Barrier = Callable[["Array"], "Array"]
 SumRows = Callable[["Array", int], "Array"]
-"""The sum over so many first axes."""
-GUESS_FROM = 8  # elements, of which the mean is a guess at that of a row
+"""Sums an array over the given number of leading axes."""
+GUESS_FROM = 8  # elements whose mean is a guess at the mean of the row
 FORWARD, BACKWARD = "layer_norm_forward", "layer_norm_backward"
-"""The names of the ops that are these two functions; jaxprs and profiles show them."""
+"""The names of the ops for these two functions; jaxprs and profiles show them."""
 Shape = tuple[Any, ...]  # of integers, or of symbolic dimensions under `jax.export`
 
 
 @dataclasses.dataclass(frozen=True)
 class NormSpec:
-    """What is fixed about a norm before it sees an array; hashable.
+    """What is known about a norm before it sees an array; hashable.
 
     Attributes:
       center: subtract the mean (layer norm) or not (RMS norm).
@@ -92,9 +94,9 @@ class NormSpec:
         when `jax.vmap` puts another one in front.
       epsilon: added to the variance.
       scale_offset: added to `scale`.
-      dtype: of `y`.
+      dtype: the dtype of `y`.
       axis_names: mapped axes over which the normalized axes are split.
-      return_statistics: the caller wants `mean` and `rstd` as well.
+      return_statistics: whether the caller wants `mean` and `rstd` as well.
       implementation: a name in `KERNELS`, or None for the best that can run.
     """
 
@@ -123,13 +125,13 @@ class RowStatistics(NamedTuple):
 class ForwardOutputs(NamedTuple):
     y: Float[Array, "*shape"]
     residual_out: Float[Array, "*shape"] | None
-    """`residual + x`, where there is a residual."""
+    """`residual + x`; None without a residual."""
     statistics: RowStatistics | None
-    """Where they are asked for."""
+    """None if they are not asked for."""
 
 
 class BackwardOutputs(NamedTuple):
-    """Cotangents; None where they are not wanted."""
+    """Cotangents; None if they are not wanted."""
 
     dx: Float[Array, "*shape"] | None
     dscale: Float[Array, ...] | None
@@ -156,12 +158,12 @@ def forward(
 ) -> ForwardOutputs:
     """The norm of `x`, or of `residual + x`.
 
-    `scale`, `bias` and `mask` broadcast against `x`. `barrier` is put around the first
-    mean: the identity, or `lax.optimization_barrier` where the compiler would
-    otherwise compute it again for every use (`_kernels/xla.py` says where). With
-    `one_pass`, and without a mask, the first mean is replaced by a guess. With
-    `divide_sums` sums are divided by N, and not their terms, for which
-    `_mean_for_subtraction` gives the reason.
+    `scale`, `bias` and `mask` broadcast against `x`. `barrier` is applied to the first
+    mean. It is the identity, or `lax.optimization_barrier` if the compiler would
+    otherwise compute the mean again for every use (`_kernels/xla.py` says when). With
+    `one_pass` and without a mask, a guess replaces the first mean. With `divide_sums`,
+    the sums are divided by N instead of their terms; `_mean_for_subtraction` says why
+    the terms are the default.
     """
     residual_out = None
     if residual is not None:
@@ -223,12 +225,13 @@ def backward(
     bias_shape: Shape | None,
     sum_rows: SumRows = lambda x, leading: jnp.sum(x, range(leading)),
 ) -> BackwardOutputs:
-    """Cotangents of `forward`'s arguments, from what it was given and `statistics`.
+    """Cotangents of `forward`'s arguments, from those arguments and `statistics`.
 
-    With a residual, `x` is the sum, `dresidual_out` its cotangent, and `dx` the cotangent
-    of both summands. `scale` matters for `dx` alone. `dscale` and `dbias` have the shapes
-    given, None where they are not wanted, and are left in the dtype they are summed in.
-    `sum_rows` takes these sums: `jnp.sum`, or what a compiler does better with.
+    With a residual, `x` is the sum, `dresidual_out` is the cotangent of the sum, and
+    `dx` is the cotangent of both summands. `scale` matters only for `dx`. `dscale` and
+    `dbias` have the given shapes; a shape of None means that the gradient is not
+    wanted. They stay in the dtype in which they are summed. `sum_rows` takes these
+    sums: it is `jnp.sum`, or a function that suits a compiler better.
     """
     compute = compute_dtype(x.dtype)
     keep = _keep(mask, x.ndim)
@@ -266,13 +269,13 @@ def _dx(
     spec: NormSpec,
 ) -> Float[Array, "*shape"]:
     """The cotangent of `x`; `c` is `x - mean`, without the low-order word."""
-    # All that needs a sum over a row, or over the devices that share it.
+    # Everything that needs a sum over a row, or over the devices that share the row.
     sums = {}
     along_c = jnp.sum(g * c, spec.axes, keepdims=True)
     if mean_low is not None:
         sums["g"] = jnp.sum(g, spec.axes, keepdims=True)
         along_c = along_c - mean_low * sums["g"]
-    # rstd is 0 where c * c has overflown, and then g * c may have, too.
+    # rstd is 0 if c * c has overflowed, and then g * c may have overflowed too.
     sums["g * x_hat"] = jnp.where(rstd == 0, rstd, rstd * along_c)
     if drstd is not None:
         sums["drstd"] = drstd
@@ -306,7 +309,7 @@ def bias_gradient(
 
 
 def _keep(mask: Bool[Array, ...] | None, ndim: int) -> Callable[[Array], Array]:
-    """The function that sets to 0 what `mask` leaves out, NaN and inf too."""
+    """A function that sets what `mask` leaves out to 0, even NaN and inf."""
     if mask is None:
         return lambda x: x
     full = _broadcastable(mask, ndim)
@@ -314,7 +317,7 @@ def _keep(mask: Bool[Array, ...] | None, ndim: int) -> Callable[[Array], Array]:
 
 
 def _count(x: Array, mask: Bool[Array, ...] | None, axes: tuple[int, ...]) -> Any:
-    """Elements in a row that take part: a number, or an array under a mask."""
+    """How many elements of a row take part: a number, or an array with a mask."""
     dtype = compute_dtype(x.dtype)
     if mask is None:
         return math.prod(x.shape[axis] for axis in axes)
@@ -326,12 +329,12 @@ def _count(x: Array, mask: Bool[Array, ...] | None, axes: tuple[int, ...]) -> An
 def _mean_for_subtraction(
     x: Float[Array, "*shape"], count: Any, axes: tuple[int, ...]
 ) -> Float[Array, "*stats"]:
-    """The mean, as the very result of a sum.
+    """The mean, computed so that it is itself the result of a sum.
 
-    A sum divided by N, which XLA turns into a product with 1/N, would be computed again
-    for each use, and as part of a fused multiply-add where it is subtracted: in `x - mean`
-    the mean would then not be the one that is saved, and at a large mean the difference
-    of the two matters.
+    XLA turns a sum divided by N into a product with 1/N, and computes that product
+    again for each use. In `x - mean` it would become part of a fused multiply-add, so
+    the subtracted mean would not be the mean that is saved. If the mean is large, that
+    difference matters.
     """
     return jnp.sum(x * (1 / _at_least_one(count)), axes, keepdims=True)
 
@@ -339,7 +342,7 @@ def _mean_for_subtraction(
 def _mean_of_sum(
     x: Float[Array, "*shape"], count: Any, axes: tuple[int, ...]
 ) -> Float[Array, "*stats"]:
-    """The mean, faster on CPU; only where it is not saved, and |x| < 1e38 / N."""
+    """The mean, faster on CPU; only if it is not saved, and |x| < 1e38 / N."""
     return jnp.sum(x, axes, keepdims=True) * (1 / _at_least_one(count))
 
 
@@ -347,8 +350,8 @@ def _mean_and_square(
     c: Float[Array, "*shape"], count: Any, axes: tuple[int, ...]
 ) -> tuple[Float[Array, "*stats"], Float[Array, "*stats"]]:
     """Mean and sum of squares."""
-    # Twice half the mean, which has the same bits: a factor 1/N that two sums share
-    # XLA for CPU would keep in memory, once for each element of x.
+    # This is twice half the mean, which has the same bits. If two sums shared a factor
+    # 1/N, XLA on CPU would keep that factor in memory, once for each element of x.
     mean = 2 * _mean_for_subtraction(c, 2 * _at_least_one(count), axes)
     return mean, jnp.sum(c * c, axes, keepdims=True)
 
@@ -356,7 +359,7 @@ def _mean_and_square(
 def _in_one_pass(
     x: Float[Array, "*shape"], count: int, axes: tuple[int, ...]
 ) -> tuple[Float[Array, "*stats"], Float[Array, "*stats"], Float[Array, "*stats"]]:
-    """The mean in two words, and sum((x - mean)**2), about a guess at the mean."""
+    """The mean in two words, and sum((x - mean)**2), by way of a guess at the mean."""
     long = max(axes, key=lambda axis: x.shape[axis])
     few = x
     for axis in axes:
@@ -367,7 +370,7 @@ def _in_one_pass(
     x = x.astype(compute)
     low, square = _mean_and_square(x - guess, count, axes)
     mean, square_about_0 = _mean_and_square(x, count, axes)
-    nearer = square < square_about_0  # not where both have overflown
+    nearer = square < square_about_0  # False if both have overflowed
     square = jnp.where(nearer, square, square_about_0)
     square = _without_mean(square, jnp.where(nearer, low, mean), count)
     high, low = _two_sum(guess, low)
@@ -378,18 +381,18 @@ def _without_mean(
     square: Float[Array, "*stats"], mean: Float[Array, "*stats"], count: Any
 ) -> Float[Array, "*stats"]:
     """sum((c - mean)**2), given sum(c * c) and the mean of c."""
-    # No more than can be subtracted from inf without a NaN. Arrays, not scalars: jet's
-    # rules for max and min take both operands to be of one shape.
+    # The limit is finite, because inf - inf would be NaN. These are arrays, not
+    # scalars, because jet's rules for max and min expect operands of one shape.
     most = jnp.full_like(square, float(jnp.finfo(square.dtype).max))
     excess = jnp.minimum(_at_least_one(count) * mean * mean, most)
     return jnp.maximum(square - excess, jnp.zeros_like(square))
 
 
 def _at_least_one(count: Any) -> Any:
-    """So that the mean of nothing is 0 and not NaN."""
+    """`count`, but at least 1, so that the mean of nothing is 0 and not NaN."""
     if isinstance(count, jax.Array):
         return jnp.maximum(count, 1)
-    # A float, since JAX takes a Python integer for an int32, which ends at 2**31.
+    # A float, because JAX turns a Python integer into an int32, which ends at 2**31.
     return float(max(count, 1)) if isinstance(count, int) else max(count, 1)
 
 
@@ -406,9 +409,9 @@ def _merge(
     count: Any,
     axis_names: tuple[str, ...],
 ) -> tuple[Array | None, Array | None, Array | None, Array]:
-    """The statistics of whole rows, from those of the parts, in one collective.
+    """Merges the statistics of the parts into those of whole rows, in one collective.
 
-    Returns the mean in two words, how far above it the mean of this part lies, and the
+    Returns the mean in two words, how far the mean of this part lies above it, and the
     variance. Without a mean (RMS norm) the first three are None.
     """
     counted = isinstance(count, jax.Array)
@@ -426,8 +429,8 @@ def _merge(
     n = _at_least_one(jnp.sum(counts, 0))
     if mean is None or mean_low is None:
         return None, None, None, _mapped(jnp.sum(squares, 0) / n, axis_names)
-    # Relative to one part's mean: differences of means are exact where the means are
-    # close, and where they are not the variance is large.
+    # Take means relative to the mean of one part. The differences are exact if the
+    # means are close; if they are not close, the variance is large.
     first = parts[0, 1]
     if counted:  # a part without elements has no mean
         first = jnp.max(jnp.where(counts > 0, parts[:, 1], -jnp.inf), 0)
@@ -442,10 +445,10 @@ def _merge(
 
 
 def _mapped(statistic: Array, axis_names: tuple[str, ...]) -> Array:
-    """`statistic` as a value that each member of the mapped axes has of its own.
+    """`statistic`, as a value that may differ between the members of the mapped axes.
 
-    An output that `jax.vmap` knows to be the same for all gets the sum of its cotangents
-    for a cotangent, which `backward` would then sum again.
+    If `jax.vmap` knows that an output is the same for all members, its cotangent is
+    already the sum of their cotangents, and `backward` would sum it again.
     """
     index = sum(lax.axis_index(name) for name in axis_names)
     return jnp.where(index < 0, jnp.zeros_like(statistic), statistic)
@@ -454,7 +457,7 @@ def _mapped(statistic: Array, axis_names: tuple[str, ...]) -> Array:
 def _psum(
     sums: dict[str, Any], like: Array, axis_names: tuple[str, ...]
 ) -> dict[str, Array]:
-    """Each sum, over the devices too, in one collective."""
+    """Sums each value over the devices too, in one collective."""
     stacked = jnp.stack(
         [jnp.broadcast_to(a, like.shape).astype(like.dtype) for a in sums.values()]
     )

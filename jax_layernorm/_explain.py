@@ -13,7 +13,7 @@ import jax
 from jax_layernorm import _equations, _functions, _kernels
 from jax_layernorm._kernel_op import PLATFORMS
 
-COMMON = {  # shapes that people norm
+COMMON = {  # shapes that models normalize
     "BERT, GPT-2": ((4096, 768), "float32"),
     "8B decoder": ((8192, 4096), "bfloat16"),
     "27B decoder": ((8192, 5120), "bfloat16"),
@@ -26,9 +26,9 @@ class Choice(NamedTuple):
     """What runs on one platform.
 
     Attributes:
-      implementation: the name of the one that runs, forward and backward; None if the
-        one that was asked for cannot, and the call raises.
-      reasons: for the other implementations, why they do not run.
+      implementation: the name of the implementation that runs, forward and backward.
+        None if the named implementation cannot run; the call then raises.
+      reasons: for each of the other implementations, why it does not run.
     """
 
     implementation: str | None
@@ -56,18 +56,18 @@ def explain(
     function: Callable[..., Any] | None = None,
     **options: Any,
 ) -> Explanation:
-    """For each platform, the implementation that would run, and why the others would not.
+    """Says which implementation would run on each platform, and why others would not.
 
-    Traces the norm and its backward pass, lowers them for each platform, and reports
-    what was decided on the way; nothing is computed.
+    It traces the norm and its backward pass, lowers them for each platform, and reports
+    the choices that were made on the way. It computes nothing.
 
     Args:
       params: as for `layer_norm`; arrays, or `jax.ShapeDtypeStruct`s.
-      x: as for `layer_norm`. A sharded array is explained as it is placed.
+      x: as for `layer_norm`. For a sharded array, the answer is for its sharding.
       residual: as for `add_layer_norm`.
       function: one of the four functions, or any function of `params`, `x` and, if
-        given, `residual` that calls them, in `jax.vmap` or `jax.shard_map` for example;
-        by default `layer_norm`, or `add_layer_norm` if there is a residual.
+        given, `residual` that calls them, for example in `jax.vmap` or `jax.shard_map`.
+        The default is `layer_norm`, or `add_layer_norm` with a residual.
       **options: keyword arguments of `function`.
 
     Returns:
@@ -75,7 +75,7 @@ def explain(
       it prints as a table.
 
     Raises:
-      TypeError, ValueError, NotImplementedError: as the function itself when called.
+      TypeError, ValueError, NotImplementedError: as when `function` is called.
       ValueError: `function` calls no norm.
 
     Example:
@@ -111,7 +111,7 @@ def _decided_at_lowering(traced: Any, platform: str) -> list[_kernels.Decision]:
         try:
             traced.lower(lowering_platforms=(platform,))
         except NotImplementedError:
-            # What no implementation can do raises too, and is not ours to explain.
+            # If the choice of implementation did not cause the error, pass it on.
             if not decisions or decisions[-1].chosen is not None:
                 raise
     return decisions
@@ -145,7 +145,7 @@ def main() -> None:
 
 
 def print_environment() -> None:
-    """Versions and devices."""
+    """Prints versions and devices."""
     print(f"Python {host.python_version()} on {host.platform()}")
     for package in ("jax-layernorm", "jax", "jaxlib", "flax", "libtpu"):
         try:

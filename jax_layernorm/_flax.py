@@ -21,11 +21,11 @@ Axes = int | Sequence[int]
 
 @dataclasses.dataclass
 class Report:
-    """Which of a model's Flax norms this package computes, and which stay Flax's.
+    """Which of a model's Flax norms this package computes, and which it leaves to Flax.
 
     Attributes:
-      replaced: the norms computed here: their paths, and the names of their classes.
-      left: the norms, or calls of them, that stay Flax's: their paths, and why.
+      replaced: the norms that this package computes, as path: name of the class.
+      left: the norms, or calls of norms, that are left to Flax, as path: reason.
     """
 
     replaced: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -53,8 +53,8 @@ def apply_norm(
 ) -> Any:
     """`y`, or `(y, residual + x)`, in the dtype that Flax gives `y`.
 
-    That is `dtype`, or the promoted dtype of `x` and the parameters. Where it is
-    float64 the statistics are too, as Flax's are: a narrower `x` is widened first.
+    That is `dtype`, or the promoted dtype of `x` and the parameters. If it is float64,
+    the statistics are float64 too, as in Flax: a narrower `x` is widened first.
     """
     if axis_index_groups is not None:
         raise NotImplementedError(
@@ -83,10 +83,11 @@ def apply_norm(
 def left_to_flax(
     norm: Any, x: Any, mask: Any, param_dtypes: Iterable[DTypeLike]
 ) -> str | None:
-    """Why Flax has to compute a call of its `norm`; None where this package does.
+    """Why a call of Flax's `norm` is left to Flax; None if this package computes it.
 
-    A norm that was replaced must do what Flax's does: refuse nothing that it takes, and
-    mask as it masks. So Flax gets every call that the functions would refuse.
+    A replaced norm must behave like Flax's: it must accept every call that Flax
+    accepts, and it must mask as Flax does. So Flax gets calls with a mask and every
+    call that our functions would refuse.
     """
     if mask is not None:
         return "called with a mask; Flax's norms normalize what it leaves out too"
@@ -116,7 +117,7 @@ def flax_axes(axes: Axes, ndim: int) -> tuple[int, ...]:
 
 
 def feature_shape(x: Array, feature_axes: Axes) -> tuple[int, ...]:
-    """The shape of the parameters, once `x` and the axes have been found to fit."""
+    """The shape of the parameters, after a check that `x` and the axes fit."""
     x = _arguments.check_x(_as_floating(x))
     axes = _arguments.check_axis(_as_tuple(feature_axes), x.ndim)
     return tuple(x.shape[axis] for axis in axes)
@@ -128,10 +129,10 @@ def _aligned(
     reduction_axes: Axes,
     feature_axes: Axes,
 ) -> tuple[tuple[int, ...], dict[str, Array | None]]:
-    """The axes, and the parameters as the functions want them for these.
+    """The normalized axes, and the parameters as the functions need them.
 
-    A parameter's axes are those of `feature_axes`, in that order; where it is flat, as
-    NNX stores it, in the order of `x`.
+    A parameter's axes are those of `feature_axes`, in that order. If it is flat, as NNX
+    stores it, its axes are in the order of `x`.
     """
     ndim = _arguments.check_x(_as_floating(x)).ndim
     axis = _arguments.check_axis(_as_tuple(reduction_axes), ndim)

@@ -20,7 +20,7 @@ Params = Mapping[str, ArrayLike | None]
 
 
 class Options(TypedDict, total=False):
-    """The keyword arguments of all four functions that do not change what returns."""
+    """The four functions' keyword arguments, except `return_statistics`."""
 
     axis: int | tuple[int, ...]
     epsilon: float
@@ -67,47 +67,48 @@ def layer_norm(
         y = (x - mean) * rstd * (scale_offset + scale) + bias
         rstd = 1 / sqrt(var + epsilon)
 
-    Statistics and arithmetic are in float32 (float64 for float64 `x`), by a
-    compensated two-pass formula, so a large common offset of a row costs no accuracy.
-    Where the sum of squared deviations overflows (in float32, deviations above about
-    1e19) rstd is 0, and `y` is the bias; NaN and inf stay in their row. Elements above
-    1e38 / features may make a row NaN.
+    Statistics and arithmetic are in float32 (float64 for float64 `x`). The statistics
+    come from a compensated two-pass formula, so a large offset that all elements of a
+    row share costs no accuracy. If the sum of squared deviations overflows (in float32,
+    with deviations above about 1e19), rstd is 0 and `y` is the bias. NaN and inf affect
+    only the row that they are in. Elements above 1e38 / features may make a row NaN.
 
     Args:
-      params: a mapping with optional `scale` and `bias`, any floating dtype; missing or
-        None: left out. Without a scale the factor is 1 and `scale_offset` plays no part.
-        A parameter with as many axes as are normalized has exactly their shape, in the
-        order of `axis`; any other has the rank of `x` and broadcasts against it: a scale
-        and shift for each example (adaptive layer norm) is `(batch, 1, features)`, and
-        gets gradients of that shape.
-      x: any shape but a scalar's, bfloat16, float16, float32 or float64. (A float64 NumPy
-        array becomes float32 unless x64 is enabled, as everywhere in JAX.)
-      axis: the normalized axis or axes, in any order, negative ones allowed.
+      params: a mapping with optional `scale` and `bias`, of any floating dtype. A
+        parameter that is missing or None is left out. Without a scale the factor is 1
+        and `scale_offset` has no effect. A parameter with as many axes as are
+        normalized must have their shape, in the order of `axis`. Any other parameter
+        must have the rank of `x` and broadcast against it. For example, a scale and
+        shift for each example (adaptive layer norm) have shape `(batch, 1, features)`,
+        and so do their gradients.
+      x: any shape except a scalar's, in bfloat16, float16, float32 or float64. (As
+        everywhere in JAX, a float64 NumPy array becomes float32 unless x64 is enabled.)
+      axis: the normalized axis or axes, in any order; negative axes are allowed.
       epsilon: added to the variance; a static number. The default is Flax's; torch's
         is 1e-5.
       scale_offset: added to `scale` in float32; a static number. 1.0 gives the
-        zero-centred gain of Gemma.
-      dtype: of `y`; None keeps `x.dtype`, also where the parameters are wider.
-      mask: booleans that broadcast against `x`. Elements where it is False take no part,
-        whatever they hold, NaN too: statistics ignore them, their `y` and gradient are 0.
-        A row without a True has mean 0 and rstd 1 / sqrt(epsilon).
-      axis_name: the mapped axis or axes (of `jax.vmap` or `jax.shard_map`) over which the
-        normalized axes are split; statistics are combined across them.
-      return_statistics: also return `Statistics(mean, rstd)`, differentiable.
+        zero-centered gain of Gemma.
+      dtype: the dtype of `y`. None keeps `x.dtype`, even if the parameters are wider.
+      mask: booleans that broadcast against `x`. Elements whose mask is False are
+        ignored, even if they are NaN: the statistics leave them out, and their `y` and
+        gradient are 0. A row without a True has mean 0 and rstd 1 / sqrt(epsilon).
+      axis_name: the mapped axis or axes (of `jax.vmap` or `jax.shard_map`) over which
+        the normalized axes are split. The statistics are combined across them.
+      return_statistics: also return `Statistics(mean, rstd)`, which are differentiable.
       custom_vjp: use the hand-written backward pass. False lets JAX differentiate the
-        same equations: needed for forward mode (`jvp`, `jacfwd`, `linearize`, `jet`),
-        costs more memory in reverse mode.
-      implementation: None for the best that can run, chosen when the program is
-        lowered for its platform; or a name, which raises where it cannot run.
+        same equations. Forward mode needs that (`jvp`, `jacfwd`, `linearize`, `jet`);
+        in reverse mode it costs more memory.
+      implementation: None picks the best implementation that can run, when the program
+        is lowered for its platform. A named implementation raises if it cannot run.
 
     Returns:
-      `y`, of the shape of `x`; with `return_statistics`, `(y, Statistics)`.
+      `y`, with the shape of `x`; with `return_statistics`, `(y, Statistics)`.
 
     Raises:
       TypeError: an argument is of the wrong kind or dtype.
       ValueError: an argument's value or shape does not fit; the message says how.
-      NotImplementedError: the arguments ask for what this version, or the named
-        implementation, cannot do.
+      NotImplementedError: this version, or the named implementation, cannot do what the
+        arguments ask for.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -147,7 +148,7 @@ _DEFAULTS = {parameter.name: parameter.default for parameter in _KEYWORDS}
 
 
 def _with_the_keywords_of_layer_norm(function: Any) -> Any:
-    """So that `help` and `inspect.signature` show them."""
+    """Makes `help` and `inspect.signature` show the keywords of `layer_norm`."""
     signature = inspect.signature(function)
     arrays = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     function.__signature__ = signature.replace(parameters=[*arrays, *_KEYWORDS])
@@ -183,15 +184,15 @@ def rms_norm(
 
     Args:
       params: as for `layer_norm`.
-      x: any shape but a scalar's, bfloat16, float16, float32 or float64.
-      axis, epsilon, ...: the keyword arguments of `layer_norm`, all of them.
+      x: any shape except a scalar's, in bfloat16, float16, float32 or float64.
+      axis, epsilon, ...: all keyword arguments of `layer_norm`.
 
     Returns:
-      `y`, of the shape of `x`; with `return_statistics`, `(y, Statistics)`, where
+      `y`, with the shape of `x`; with `return_statistics`, `(y, Statistics)`, where
       `mean` is 0.
 
     Raises:
-      TypeError, ValueError, NotImplementedError: as `layer_norm`.
+      TypeError, ValueError, NotImplementedError: as for `layer_norm`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -231,27 +232,28 @@ def add_layer_norm(
     residual: ArrayLike,
     **options: Any,
 ) -> Any:
-    """The residual sum and its layer norm, in one pass each way.
+    """Adds a residual and applies layer norm to the sum, in one pass each way.
 
         residual_out = residual + x
         y = layer_norm(params, residual_out)
 
-    The norm sees the sum as it is returned, so `y` has the very bits of
+    The norm reads the sum as it is returned, so `y` is bit for bit equal to
     `layer_norm(params, residual_out)`.
 
     Args:
       params: as for `layer_norm`.
       x: the output of a block.
-      residual: the stream it is added to, of the shape of `x` and any floating dtype.
-      axis, epsilon, ...: the keyword arguments of `layer_norm`, all of them.
+      residual: the stream that `x` is added to, with the shape of `x` and any floating
+        dtype.
+      axis, epsilon, ...: all keyword arguments of `layer_norm`.
 
     Returns:
       `(y, residual_out)`; with `return_statistics`, `(y, residual_out, Statistics)`.
-      `residual_out` has the promoted dtype of `x` and `residual` (a float32 stream stays
-      float32), `y` has `dtype` or that of `x`.
+      `residual_out` has the promoted dtype of `x` and `residual`, so a float32 stream
+      stays float32. `y` has `dtype`, or the dtype of `x`.
 
     Raises:
-      TypeError, ValueError, NotImplementedError: as `layer_norm`.
+      TypeError, ValueError, NotImplementedError: as for `layer_norm`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -292,7 +294,7 @@ def add_rms_norm(
     residual: ArrayLike,
     **options: Any,
 ) -> Any:
-    """The residual sum and its RMS norm, in one pass each way.
+    """Adds a residual and applies RMS norm to the sum, in one pass each way.
 
         residual_out = residual + x
         y = rms_norm(params, residual_out)
@@ -300,15 +302,16 @@ def add_rms_norm(
     Args:
       params: as for `layer_norm`.
       x: the output of a block.
-      residual: the stream it is added to, of the shape of `x` and any floating dtype.
-      axis, epsilon, ...: the keyword arguments of `layer_norm`, all of them.
+      residual: the stream that `x` is added to, with the shape of `x` and any floating
+        dtype.
+      axis, epsilon, ...: all keyword arguments of `layer_norm`.
 
     Returns:
       `(y, residual_out)`; with `return_statistics`, `(y, residual_out, Statistics)`.
-      The dtypes are those of `add_layer_norm`.
+      The dtypes are as in `add_layer_norm`.
 
     Raises:
-      TypeError, ValueError, NotImplementedError: as `layer_norm`.
+      TypeError, ValueError, NotImplementedError: as for `layer_norm`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -370,14 +373,15 @@ def init_params(
     scale: bool = True,
     bias: bool = True,
 ) -> dict[str, Array]:
-    """Parameters that leave a norm plain: a scale of ones and a bias of zeros.
+    """Initial parameters of a norm: a scale of ones and a bias of zeros.
 
-    The tree is the one that Flax's norms store. With `scale_offset=1.0` start from
+    Flax's norms store the same tree. With `scale_offset=1.0`, start from a scale of
     zeros instead.
 
     Args:
-      features: the length of the normalized axis, or the lengths of several.
-      dtype: of the parameters.
+      features: the length of the normalized axis, or a tuple of lengths for several
+        axes.
+      dtype: the dtype of the parameters.
       scale: whether to make `scale`.
       bias: whether to make `bias`.
 
@@ -385,8 +389,9 @@ def init_params(
       A dict with `scale` and `bias`, each of shape `(features,)` or `features`.
 
     Raises:
-      TypeError: `features` is no integer or tuple of them, or `dtype` is not floating.
-      ValueError: a negative length, or float64 without x64.
+      TypeError: `features` is not an integer or a tuple of integers, or `dtype` is not
+        a floating dtype.
+      ValueError: a length is negative, or `dtype` is float64 without x64.
 
     Example:
       >>> import jax_layernorm as jln

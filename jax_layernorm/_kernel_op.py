@@ -35,7 +35,7 @@ class Problem(NamedTuple):
       platform: one of `PLATFORMS`, or "" for any other.
       partitioned: XLA will split this op over several devices; a kernel, opaque
         to XLA, cannot be split.
-      exported: the program is to be saved and run elsewhere, by another version.
+      exported: the program will be saved and run elsewhere, by another version.
     """
 
     op: str
@@ -47,7 +47,7 @@ class Problem(NamedTuple):
 
 
 class Batched(NamedTuple):
-    """A batched use of an op, written as one use on arrays of one rank more."""
+    """A batched use of an op, written as one use on arrays with one more axis."""
 
     operands: tuple[Any, ...]
     static: dict[str, Any]
@@ -79,11 +79,13 @@ class KernelOp:
       select: `select(problem)` returns the function to run, with the signature of the
         reference. Called at lowering; what it raises reaches the user.
       check: `check(problem)` raises if no platform could run the problem. Called when
-        the op is, before the platform, the partitioning and the export are known.
+        the op is called, before the platform, the partitioning and the export are
+        known.
       batch: `batch(operands, dims, static)` returns a `Batched`, or None if the
         reference is to be batched instead. Called under `jax.vmap`; `dims` are the
         positions of the mapped axis in each operand, None if it is not mapped.
-      batched_reference: `batched_reference(problem)` is called if the reference is.
+      batched_reference: `batched_reference(problem)` is called if the reference is
+        batched.
       prune: `prune(static, used)` returns a `Pruned`; `used` says which of the flat
         results a program uses, at least one. Called when the program is lowered.
       shard: `shard(problem, results)` returns a `_sharding.Shard`, one device's part of
@@ -186,7 +188,7 @@ class KernelOp:
         return results, [0] * len(results)
 
     def _can_run(self, operands: tuple[Any, ...], static: dict[str, Any]) -> bool:
-        """Whether the implementation that was asked for, if any, can."""
+        """Whether the implementation that was asked for, if any, can run this."""
         try:
             self._check(self._unplaced(operands, static))
         except NotImplementedError:
@@ -194,7 +196,7 @@ class KernelOp:
         return True
 
     def _prune(self, used: list[bool], *rest: Any) -> tuple[list[bool], Any]:
-        equation = rest[-1]  # from JAX 0.12 on after the operands that are in use
+        equation = rest[-1]  # since JAX 0.12, it follows the operands in use
         if not any(used):
             return [False] * len(equation.invars), None
         static = dict(equation.params["static"])

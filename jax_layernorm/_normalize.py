@@ -24,7 +24,7 @@ from jax_layernorm._kernel_op import KernelOp
 from jax_layernorm._results import Normalized, Statistics
 
 STATISTICS_NAME = "layer_norm_statistics"
-"""For `jax.checkpoint_policies.save_only_these_names`."""
+"""The name for `jax.checkpoint_policies.save_only_these_names`."""
 
 forward_op, backward_op = (
     KernelOp(
@@ -63,15 +63,15 @@ def normalize(
 ) -> Normalized:
     """The norm of `x`, or of `residual + x`.
 
-    Jitted, so that an eager call is one dispatch and 48 norms of a model are traced
-    once, and because an eager custom_vjp loses the names of mapped axes if `jax.grad`
+    This is jitted so that an eager call is one dispatch, and 48 norms of a model are
+    traced once. Also, an eager custom_vjp loses the names of mapped axes if `jax.grad`
     is outside `jax.vmap`.
 
     Args:
       operands: `x`, `residual`, `scale`, `bias` and `mask`, None if left out; the last
         three broadcast against `x`.
       custom_vjp: False lets JAX differentiate the equations, forward or reverse.
-      record: `_kernels.current_record()`, so that what is recorded is traced anew.
+      record: `_kernels.current_record()`, so that a recorded call is traced anew.
     """
     del record
     norm = _normalize if custom_vjp else _differentiated_by_jax
@@ -129,7 +129,7 @@ class _Types:
 
 
 class _Wanted(NamedTuple):
-    """Of which arguments the gradients are wanted."""
+    """Which arguments need gradients."""
 
     x: bool
     residual: bool
@@ -145,10 +145,10 @@ class _Wanted(NamedTuple):
         return self.dx or self.scale
 
     def as_array(self) -> Array:
-        """An array without elements, whose shape tells.
+        """These flags as the shape of an array without elements.
 
-        For JAX the structure of what is saved must not depend on what is wanted, but
-        shapes may (https://github.com/jax-ml/jax/issues/16614).
+        JAX does not let the structure of saved values depend on which gradients are
+        wanted, but their shapes may (https://github.com/jax-ml/jax/issues/16614).
         """
         return jnp.zeros((0, *map(int, self)), jnp.bool_)
 
@@ -158,11 +158,11 @@ class _Wanted(NamedTuple):
 
 
 class _Saved(NamedTuple):
-    """What the backward pass keeps alive: this, and nothing else.
+    """Everything that the backward pass keeps alive.
 
     `x` (the sum, if there is a residual) and the statistics are kept for `dx` and
-    `dscale`, and `scale` for `dx`. Where they are not needed an array without elements
-    takes their place.
+    `dscale`; `scale` is kept for `dx`. If a value is not needed, an array without
+    elements takes its place.
     """
 
     x: Array
@@ -232,7 +232,7 @@ def _gradients(
     dmean = dmean if spec.center else None
     scale_shape = scale.shape if wanted.scale and dy is not None else None
     bias_shape = bias.shape if wanted.bias and dy is not None else None
-    if dy is None and dmean is None and drstd is None:  # nothing of the norm is used
+    if dy is None and dmean is None and drstd is None:  # the norm is not used
         return BackwardOutputs(cotangents.residual_out, None, None)
     if not wanted.dx and scale_shape is None:
         dbias = None

@@ -1,7 +1,7 @@
-"""What an op need not compute where a program does not use all its results.
+"""Leaves out what an op need not compute if a program does not use all its results.
 
-`jax.jit` asks for this when it lowers a program: an optimizer that freezes some
-parameters, say, does not use their gradients.
+`jax.jit` asks for this when it lowers a program. For example, an optimizer that freezes
+some parameters does not use their gradients.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 from jax_layernorm._kernel_op import Pruned
 
 FOR_DX_ALONE = (1, 5, 6, 7)
-"""Operands of the backward op: scale, and the cotangents of the sum and the statistics."""
+"""Operands of the backward op that only `dx` needs: scale, and the cotangents of the
+sum and the statistics."""
 
 
 def prune_forward(static: dict[str, Any], used: Sequence[bool]) -> Pruned:

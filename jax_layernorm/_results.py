@@ -10,7 +10,7 @@ from jax import Array
 class Statistics(NamedTuple):
     """`mean` and `rstd` of each row, normalized axes kept with length 1.
 
-    float32, or float64 where the normalized array is; `mean` is 0 for RMS norm.
+    They are float32, or float64 if the normalized array is. `mean` is 0 for RMS norm.
     """
 
     mean: Array
@@ -18,7 +18,7 @@ class Statistics(NamedTuple):
 
 
 class Normalized(NamedTuple):
-    """What a norm returns; None where it was not asked for."""
+    """What a norm returns; a part that was not asked for is None."""
 
     y: Array
     residual_out: Array | None

@@ -1,4 +1,4 @@
-"""safetensors files as a mapping; safetensors is imported when there is one to read."""
+"""safetensors files as a mapping; safetensors is imported when a file is read."""
 
 from __future__ import annotations
 
@@ -110,9 +110,10 @@ def _check_is_file(path: str) -> None:
 
 
 def _is_truncated(path: str) -> bool:
-    """Whether a file begins as the format does, and is shorter than it says.
+    """Whether a file begins like a safetensors file, but is shorter than it says.
 
-    That is the length of the header in 8 bytes, the header in JSON, and the data.
+    Such a file has the length of the header in 8 bytes, the header in JSON, and the
+    data.
     """
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")

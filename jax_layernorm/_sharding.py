@@ -1,4 +1,4 @@
-"""Placement that types show: over manual mesh axes, and over explicit ones."""
+"""Placement that types show, over manual mesh axes and over explicit mesh axes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def equally_varying(operands: Sequence[Array | None]) -> list[Any]:
     """Operands made to vary over the same manual mesh axes.
 
     Inside `shard_map(check_vma=True)` a custom_vjp rule must return a cotangent that
-    varies over just the axes its primal does. Casting a replicated parameter to the
-    axes of `x` beforehand puts the sum over them where it belongs: into the
-    transpose of the cast.
+    varies over exactly the axes of its primal. So a replicated parameter is first cast
+    to the axes of `x`; then the transpose of the cast sums its gradient over these
+    axes.
     """
     varying = [
         frozenset() if operand is None else jax.typeof(operand).manual_axis_type.varying
@@ -67,12 +67,12 @@ def placement_of(x: Any) -> Placement:
 def placed_alike(
     operands: Sequence[Any],
 ) -> tuple[list[Any], Callable[[Normalized], Normalized]]:
-    """Operands split by explicit mesh axes as `x` is, and what places the results.
+    """Operands sharded over explicit mesh axes like `x`, and what places the results.
 
-    A custom_vjp rule must return a cotangent that is split as its primal is. So `x` and
-    `residual` are both placed as their sum is, the others as they broadcast against it,
-    and at the end `y` as JAX places `x * scale + bias`. The transposes of these changes
-    place the gradients.
+    A custom_vjp rule must return a cotangent that is sharded like its primal. So `x`
+    and `residual` are both placed like their sum, and the others in the way they
+    broadcast against it. The returned function places `y` as JAX places `x * scale +
+    bias`. The transposes of these changes place the gradients.
 
     Raises:
       ShardingTypeError: JAX would not add arrays with these placements.
@@ -123,17 +123,17 @@ def on_split_features(
 ) -> Normalized:
     """`norm(spec, x, *others)` on each device of the explicit axes that split `x`.
 
-    The operands are `placed_alike`.
+    The operands must come from `placed_alike`.
 
-    There `norm` gets the axes that split the features as `axis_names`, and merges the
-    shards' statistics in one collective; the partitioner would need one for each of
-    three sums.
+    On each device, `norm` gets the axes that split the features as `axis_names`, and
+    merges the shards' statistics in one collective. The partitioner would need a
+    collective for each of three sums.
     """
     placement = placement_of(x)
     names = placement.explicit(sorted(spec.axes))
     operands = (x, *others)
     in_specs = jax.tree.map(lambda a: placement.along(a.shape), operands)
-    whole: Any = P(*placement.axes)  # specs, in the places of the arrays they are of
+    whole: Any = P(*placement.axes)  # specs, in place of their arrays
     row: Any = P(
         *(
             None if i - x.ndim in spec.axes else names
@@ -145,7 +145,7 @@ def on_split_features(
         residual_out=None if others[0] is None else whole,
         statistics=Statistics(row, row) if spec.return_statistics else None,
     )
-    # The statistics are the same on all devices of a row, which check_vma would not see.
+    # All devices of a row have the same statistics, but check_vma cannot see that.
     return jax.shard_map(
         functools.partial(
             norm, dataclasses.replace(spec, axis_names=(*spec.axis_names, *names))
@@ -160,12 +160,12 @@ def on_split_features(
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One device's part of an op whose rows explicit mesh axes split.
+    """One device's part of an op whose rows are sharded over explicit mesh axes.
 
     Attributes:
       problem: the part, with the shapes that one device sees.
-      in_specs, out_specs: of the op's flat operands and results.
-      sums: for each result, the mesh axes over which the shards of it are summed.
+      in_specs, out_specs: the specs of the op's flat operands and results.
+      sums: for each result, the mesh axes over which its shards are summed.
     """
 
     problem: Problem
@@ -175,7 +175,7 @@ class Shard:
     sums: list[tuple[str, ...]]
 
     def on_every_device(self, function: Callable[..., list[Any]]) -> Callable[..., Any]:
-        """From a function of one device's flat operands to one of the whole arrays."""
+        """Turns a function of one device's flat operands into one of whole arrays."""
         return jax.shard_map(
             lambda *leaves: self._summed(function(*leaves)),
             mesh=self.mesh,
@@ -185,7 +185,7 @@ class Shard:
         )
 
     def _summed(self, results: list[Any]) -> list[Any]:
-        """Each result summed over its axes, all that have the same axes at once."""
+        """Sums each result over its axes, with all results of the same axes at once."""
         together: dict[tuple[str, ...], list[int]] = {}
         for i, axes in enumerate(self.sums):
             if axes:
@@ -200,8 +200,8 @@ class Shard:
 def shard_of(problem: Problem, results: Sequence[Any]) -> Shard | None:
     """One device's shard of an op under explicit mesh axes that split only the rows.
 
-    A result that lacks an axis over which `x` is split is a sum over that axis: the
-    parameters' gradients.
+    If `x` is sharded over a mesh axis and a result is not, the result is a sum over
+    that axis. The parameters' gradients are such results.
     """
     placement = placement_of(problem.operands[0])
     mesh, static = placement.mesh, problem.static

@@ -4,12 +4,12 @@
     weight, or gamma            scale
     bias, or beta               bias
 
-Only the names differ: torch's `normalized_shape` is the shape of our parameters where
-`axis` is in ascending order, and a gain that is stored around zero (Gemma's) is stored
-so here too, for `scale_offset=1.0`. So no number changes, in either direction.
+Only the names differ; no number changes, in either direction. Our parameters have the
+shape of torch's `normalized_shape` if `axis` is in ascending order. A gain that is
+stored around zero (Gemma's) is stored that way here too, for `scale_offset=1.0`.
 
-torch and safetensors are used where a caller brings a tensor or a file, and are not
-needed otherwise.
+torch is needed only if a caller passes a tensor, and safetensors only if a caller
+passes a file.
 """
 
 from __future__ import annotations
@@ -43,42 +43,45 @@ def from_torch(
     features: int | tuple[int, ...] | None = None,
     epsilon: float | None = None,
 ) -> dict[str, Array]:
-    """The parameters of one norm in a torch or Hugging Face state dict.
+    """Reads the parameters of one norm from a torch or Hugging Face state dict.
 
-    They go straight into `jln.layer_norm(params, x)` and its kin, and are the "params"
-    of `jln.linen.LayerNorm` and `RMSNorm`. Bits and dtype stay; nothing is shared with
-    `state_dict`, so torch may go on training.
+    Pass them to `jln.layer_norm(params, x)` or another function, or use them as the
+    "params" of `jln.linen.LayerNorm` and `RMSNorm`. They keep their bits and dtype.
+    They share no memory with `state_dict`, so torch may go on training.
 
     Args:
       state_dict: a mapping from names to torch tensors, NumPy or JAX arrays, of dtype
         bfloat16, float16, float32 or float64; or the path of a safetensors file, or of
-        the index of several. Only this norm is read from the files.
-      prefix: the name of the norm's module, as "encoder.layer.0.output.LayerNorm", with
-        or without a dot at its end. Under it lie `weight` (or `gamma`) and `bias` (or
-        `beta`), or one of them.
+        the index of several files. Only this norm is read from the files.
+      prefix: the name of the norm's module, such as "encoder.layer.0.output.LayerNorm",
+        with or without a dot at its end. The state dict must hold `weight` (or
+        `gamma`), `bias` (or `beta`), or both under this prefix.
       features: the shape that the parameters must have, as for `init_params`. A scale
         without a bias must have one axis unless this says otherwise, because it could
         also be the weight of a linear layer or an embedding.
-      epsilon: what the parameters were trained with, to be reminded where it is not
-        the default here: torch's `LayerNorm` has 1e-5, BERT 1e-12.
+      epsilon: the epsilon that the parameters were trained with (1e-5 in torch's
+        `LayerNorm`, 1e-12 in BERT). If it differs from our default, a warning reminds
+        you to pass it.
 
     Returns:
-      A dict with `scale` and `bias`, of the shape of torch's `normalized_shape`;
-      without the one that the norm does not have, as a `bias` in RMS norm.
+      A dict with `scale` and `bias`, in the shape of torch's `normalized_shape`. A
+      parameter that the norm does not have is left out, such as the `bias` of an RMS
+      norm.
 
     Warns:
       UserWarning: `epsilon` is not our default of 1e-6. The message says which keyword
         to pass. The parameters are the same as without `epsilon`.
 
     Raises:
-      KeyError: nothing lies under `prefix`; the message lists the nearest keys.
-      TypeError: `state_dict` is neither mapping nor path, or a value is no array of a
-        dtype that a norm can have.
-      ValueError: the parameters are not those of a norm: a scale and a bias of different
-        shapes, a lone weight of several axes, a module with submodules, or a batch norm.
-        Or one parameter in both spellings, a float64 array without x64, a tensor without
-        data, a truncated file, or one of another format.
-      ImportError: a path is given, and safetensors is not installed.
+      KeyError: no parameter is under `prefix`; the message lists the nearest keys.
+      TypeError: `state_dict` is neither a mapping nor a path, or a value is not an
+        array of a dtype that a norm can have.
+      ValueError: the parameters cannot belong to a norm: a scale and a bias have
+        different shapes, a lone weight has several axes, the module has submodules, or
+        it is a batch norm. Also: a parameter is in both spellings, a float64 array
+        comes without x64, a tensor has no data, or a file is truncated or in another
+        format.
+      ImportError: a path is given, but safetensors is not installed.
 
     Example:
       >>> import numpy as np
@@ -134,10 +137,11 @@ def from_torch(
 
 
 def to_torch(params: Params, prefix: str = "") -> dict[str, np.ndarray]:
-    """The state dict of one norm, under torch's names, as NumPy arrays.
+    """Converts the parameters of one norm to NumPy arrays under torch's names.
 
-    The inverse of `from_torch`, bit for bit. The arrays are copies. One of bfloat16 has
-    the dtype that `ml_dtypes`, and so JAX, gives NumPy, which torch does not know:
+    This is the inverse of `from_torch`, bit for bit. The arrays are copies. A bfloat16
+    array has the NumPy dtype of `ml_dtypes`, as in JAX. torch does not know that dtype,
+    so convert such arrays like this:
 
         tensors = {
             key: torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
@@ -148,7 +152,8 @@ def to_torch(params: Params, prefix: str = "") -> dict[str, np.ndarray]:
     `safetensors.numpy.save_file` writes all of them.
 
     Args:
-      params: a mapping with `scale`, `bias`, or one of them; missing or None: left out.
+      params: a mapping with `scale`, `bias` or both. A parameter that is missing or
+        None is left out.
       prefix: the name of the norm's module, with or without a dot at its end.
 
     Returns:
@@ -156,8 +161,10 @@ def to_torch(params: Params, prefix: str = "") -> dict[str, np.ndarray]:
       torch's `LayerNorm` and `RMSNorm`.
 
     Raises:
-      TypeError: `params` is no mapping, or a value is no array of a floating dtype.
-      ValueError: an unknown key in `params`, or a scale and a bias of different shapes.
+      TypeError: `params` is not a mapping, or a value is not an array of a floating
+        dtype.
+      ValueError: `params` has an unknown key, or a scale and a bias of different
+        shapes.
 
     Example:
       >>> import jax_layernorm as jln
@@ -244,7 +251,7 @@ def _check_shapes(
 def _check_features(
     arrays: Mapping[str, Array], keys: Mapping[str, str | None], features: Any
 ) -> None:
-    """That these could be the parameters of a norm over `features`."""
+    """Raises unless these could be the parameters of a norm over `features`."""
     for name, array in arrays.items():
         shape, key = array.shape, f"state_dict[{keys[name]!r}]"
         if features is not None:
@@ -267,7 +274,7 @@ def _check_features(
 
 
 def _warn_of(epsilon: float) -> None:
-    # A checkpoint's configuration may have kept 1e-6 in single precision.
+    # A checkpoint's configuration may hold 1e-6 in single precision.
     if np.float32(epsilon) == np.float32(_EPSILON):
         return
     warnings.warn(
@@ -282,7 +289,7 @@ def _warn_of(epsilon: float) -> None:
 
 def _as_jax(name: str, value: Any) -> Array:
     """A copy of a torch tensor, or of a NumPy or JAX array, on the default device."""
-    torch: Any = sys.modules.get("torch")  # who brings a tensor has imported it
+    torch: Any = sys.modules.get("torch")  # a caller with a tensor has imported it
     if torch is not None and isinstance(value, torch.Tensor):
         value = _of_tensor(name, value, torch)
     is_float64 = isinstance(value, np.ndarray) and value.dtype == np.float64
@@ -302,7 +309,7 @@ def _as_numpy(name: str, value: Any) -> np.ndarray:
 
 
 def _of_tensor(name: str, tensor: Any, torch: Any) -> np.ndarray:
-    """The data of a torch tensor; the memory is the tensor's."""
+    """The data of a torch tensor, in the tensor's memory."""
     if tensor.is_meta:
         raise ValueError(
             f"{name} must hold data; got a tensor on torch's meta device, which has"
@@ -314,6 +321,6 @@ def _of_tensor(name: str, tensor: Any, torch: Any) -> np.ndarray:
             " Is this a norm's parameter? Quantized checkpoints keep those unquantized."
         )
     tensor = tensor.detach().cpu()
-    if tensor.dtype == torch.bfloat16:  # which NumPy has only through ml_dtypes
+    if tensor.dtype == torch.bfloat16:  # NumPy has it only through ml_dtypes
         return tensor.view(torch.int16).numpy().view(_BFLOAT16)
     return tensor.numpy()

@@ -1,7 +1,8 @@
-"""Flax linen modules: Flax's own norms, computed by `jax_layernorm`.
+"""Flax linen modules: Flax's norms, computed by `jax_layernorm`.
 
-Swapping the import is the whole migration: constructor arguments, defaults, the
-parameter tree and the dtype rules are Flax's, by inheritance.
+To switch, change the import and nothing else. The classes inherit from Flax's, so the
+constructor arguments, the defaults, the parameter tree and the dtype rules stay the
+same.
 """
 
 from __future__ import annotations
@@ -32,23 +33,25 @@ from jax_layernorm._flax import (
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalization, as `flax.linen.LayerNorm`; a hand-written backward pass.
+    """Layer normalization: `flax.linen.LayerNorm` with a hand-written backward pass.
 
         y = (x - mean) * rstd * (scale_offset + scale) + bias
         rstd = 1 / sqrt(var + epsilon)
 
-    Takes the arguments of `flax.linen.LayerNorm`, keeps the same parameters under the
-    same names, and returns the same dtype. `use_fast_variance` and
-    `force_float32_reductions` have no effect: statistics are always taken in float32 or
-    wider, by a formula that is right where the fast one is not. `axis_index_groups` is
-    refused. What `mask` leaves out is 0 in the output, where Flax normalizes it too.
-    The parameters' axes are in the order of `feature_axes`, which Flax sorts.
+    It takes the arguments of `flax.linen.LayerNorm`, keeps the same parameters under
+    the same names, and returns the same dtype.
+
+    A few details differ. `use_fast_variance` and `force_float32_reductions` have no
+    effect, because statistics are always in float32 or wider, by a formula that is
+    right even where the fast formula is not. `axis_index_groups` raises. Elements that
+    `mask` leaves out are 0 in the output, while Flax normalizes them too. The
+    parameters' axes are in the order of `feature_axes`, while Flax sorts them.
 
     Attributes:
       scale_offset: added to `scale` in float32.
-      implementation: None for the best that can run, or a name.
-      custom_vjp: False lets JAX differentiate the equations, for forward mode (`jvp`,
-        `jacfwd`, `linearize`).
+      implementation: a name, or None for the best implementation that can run.
+      custom_vjp: False lets JAX differentiate the equations; forward mode needs that
+        (`jvp`, `jacfwd`, `linearize`).
 
     Raises:
       TypeError, ValueError, NotImplementedError: as `jax_layernorm.layer_norm`.
@@ -78,23 +81,23 @@ class LayerNorm(nn.LayerNorm):
         *,
         residual: ArrayLike | None = None,
     ) -> Array | tuple[Array, Array]:
-        """`y`, of the shape of `x`; with `residual`, `(y, residual + x)`."""
+        """`y`, with the shape of `x`; with `residual`, `(y, residual + x)`."""
         return _call(self, x, mask, residual)
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMS normalization, as `flax.linen.RMSNorm`, with a hand-written backward pass.
+    """RMS normalization: `flax.linen.RMSNorm` with a hand-written backward pass.
 
         y = x * rstd * (scale_offset + scale)
         rstd = 1 / sqrt(mean(x^2) + epsilon)
 
-    Everything said of `LayerNorm` holds.
+    The notes on `LayerNorm` apply here too.
 
     Attributes:
-      scale_offset: added to `scale` in float32; 1.0, with `scale_init=zeros`, is the
+      scale_offset: added to `scale` in float32; 1.0 with `scale_init=zeros` gives the
         norm of Gemma.
-      implementation: None for the best that can run, or a name.
-      custom_vjp: False lets JAX differentiate the equations, for forward mode.
+      implementation: a name, or None for the best implementation that can run.
+      custom_vjp: False lets JAX differentiate the equations; forward mode needs that.
 
     Raises:
       TypeError, ValueError, NotImplementedError: as `jax_layernorm.layer_norm`.
@@ -123,7 +126,7 @@ class RMSNorm(nn.RMSNorm):
         *,
         residual: ArrayLike | None = None,
     ) -> Array | tuple[Array, Array]:
-        """`y`, of the shape of `x`; with `residual`, `(y, residual + x)`."""
+        """`y`, with the shape of `x`; with `residual`, `(y, residual + x)`."""
         return _call(self, x, mask, residual)
 
 
@@ -131,33 +134,36 @@ class RMSNorm(nn.RMSNorm):
 def replace(
     *, implementation: Implementation | None = None, custom_vjp: bool = True
 ) -> Iterator[Report]:
-    """Within the `with` block this package computes Flax's linen norms.
+    """Lets this package compute Flax's linen norms within a `with` block.
 
-    Every `flax.linen.LayerNorm` and `flax.linen.RMSNorm` that is called in the block, by
-    whatever model, is computed as `jax_layernorm.linen` computes it. Modules, parameters,
-    names, dtypes and checkpoints stay as they are, boxed parameters too; nothing changes
-    but speed, memory and accuracy. Calls that this could not be said of stay Flax's:
-    those with a mask, with `axis_index_groups`, and those of dtypes that this package
-    refuses (complex, float8). A subclass that overrides `__call__` stays as it is, except
-    for the `super().__call__` in it.
+    Every `flax.linen.LayerNorm` and `flax.linen.RMSNorm` that any model calls in the
+    block is computed as `jax_layernorm.linen` computes it. Modules, parameters (boxed
+    parameters too), names, dtypes and checkpoints stay the same. Only speed, memory and
+    accuracy change.
 
-    A function that was jitted, and called, outside is traced again inside, and the other
-    way round: the block is part of the key of JAX's caches. Only the calling thread is
-    affected. In nested blocks the innermost one's arguments hold.
+    Anything that would change behavior is left to Flax: calls with a mask, calls with
+    `axis_index_groups`, and calls with dtypes that this package refuses (complex,
+    float8). A subclass that overrides `__call__` stays as it is, except for a
+    `super().__call__` in it.
+
+    A function that was jitted and called outside the block is traced again inside it,
+    and vice versa, because the block is part of the key of JAX's caches. Only the
+    calling thread is affected. In nested blocks, the arguments of the innermost block
+    apply.
 
     Args:
-      implementation: None for the best that can run, or a name as for `layer_norm`; a
-        norm that it cannot run raises.
-      custom_vjp: False for models that are differentiated forward (`jvp`, `jacfwd`,
-        `linearize`): JAX then differentiates the equations.
+      implementation: a name as for `layer_norm`, or None for the best implementation
+        that can run. A norm that the named implementation cannot run raises.
+      custom_vjp: pass False for models that are differentiated in forward mode (`jvp`,
+        `jacfwd`, `linearize`). JAX then differentiates the equations.
 
     Yields:
-      A `Report`, filled as calls are traced. What an earlier block compiled is not traced
-      again, and so not reported again.
+      A `Report`, which fills as calls are traced. Calls that an earlier block compiled
+      are not traced again, so they are not reported again.
 
     Raises:
       TypeError: `custom_vjp` is not True or False.
-      ValueError: `implementation` is unknown, or cannot go with `custom_vjp=False`.
+      ValueError: `implementation` is unknown, or does not support `custom_vjp=False`.
 
     Example:
       >>> import flax.linen as nn
@@ -233,8 +239,8 @@ def _intercept(
         )
 
     call = __call__
-    # The user's own interceptors, where they were entered inside the block, are still to
-    # run, and `next_fun` would end in Flax's norm. Flax has no public list of them.
+    # Interceptors that the user entered inside the block must still run. `next_fun`
+    # runs them too, but would end in Flax's norm. Flax has no public list of them.
     inner = itertools.takewhile(
         lambda entered: entered is not _intercept,
         nn.module._global_interceptor_stack,
@@ -253,7 +259,7 @@ def _intercepted(
 
 
 def _param_dtypes(module: nn.LayerNorm | nn.RMSNorm) -> Iterator[Any]:
-    """Of the parameters there are, and of those that are about to be created."""
+    """The dtypes of the parameters that exist, and of those about to be created."""
     for name in _param_names(module):
         if module.has_variable("params", name):
             boxed = module.get_variable("params", name)
@@ -300,14 +306,14 @@ def _compute(
     implementation: Implementation | None = None,
     custom_vjp: bool,
 ) -> Array | tuple[Array, Array]:
-    """The norm that `module` describes, with its parameters: Flax's module or ours."""
+    """Computes the norm of `module`, Flax's or ours, with the module's parameters."""
     x = jnp.asarray(x)
     shape = list(feature_shape(x, feature_axes))  # initializers get a list from Flax
     params: dict[str, Array | None] = {}
     for name in _param_names(module):
         init = getattr(module, f"{name}_init")
         param = module.param(name, init, shape, module.param_dtype)
-        if not module.force_float32_reductions:  # which has an effect on the dtype of y
+        if not module.force_float32_reductions:  # this affects the dtype of y
             param = param.astype(module.param_dtype)
         params[name] = param
     return apply_norm(

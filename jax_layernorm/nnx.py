@@ -1,7 +1,7 @@
-"""Flax NNX modules: Flax's own norms, computed by `jax_layernorm`.
+"""Flax NNX modules: Flax's norms, computed by `jax_layernorm`.
 
-Swapping the import is the whole migration: constructor arguments, defaults, the
-parameters and the dtype rules are Flax's.
+To switch, change the import and nothing else. The constructor arguments, the defaults,
+the parameters and the dtype rules are Flax's.
 """
 
 from __future__ import annotations
@@ -39,24 +39,28 @@ def _with_the_arguments_of(flaxs: type) -> Callable[[Any], Any]:
 
 
 class LayerNorm(nnx.LayerNorm):
-    """Layer normalization, as `flax.nnx.LayerNorm`, with a hand-written backward pass.
+    """Layer normalization: `flax.nnx.LayerNorm` with a hand-written backward pass.
 
         y = (x - mean) * rstd * (scale_offset + scale) + bias
         rstd = 1 / sqrt(var + epsilon)
 
-    Takes the arguments of `flax.nnx.LayerNorm`, keeps the same parameters under the
-    same names, and returns the same dtype. `use_fast_variance` has no effect:
-    statistics are always taken in float32 or wider, by a formula that is right where
-    the fast one is not, and from `x` as given, where Flax rounds it to `dtype` first.
-    `axis_index_groups` is refused. What `mask` leaves out is 0 in the output, where Flax
-    normalizes it too. Several `feature_axes` are read in the order of `x`, as Flax does.
+    It takes the arguments of `flax.nnx.LayerNorm`, keeps the same parameters under the
+    same names, and returns the same dtype.
+
+    A few details differ. `use_fast_variance` has no effect, because statistics are
+    always in float32 or wider, by a formula that is right even where the fast formula
+    is not. They are computed from `x` as given, while Flax rounds `x` to `dtype` first.
+    `axis_index_groups` raises. Elements that `mask` leaves out are 0 in the output,
+    while Flax normalizes them too.
+
+    Several `feature_axes` are read in the order of `x`, as in Flax.
 
     Args:
       num_features: the length of the last axis of `x`.
       scale_offset: added to `scale` in float32.
-      implementation: None for the best that can run, or a name.
-      custom_vjp: False lets JAX differentiate the equations, for forward mode (`jvp`,
-        `jacfwd`, `linearize`).
+      implementation: a name, or None for the best implementation that can run.
+      custom_vjp: False lets JAX differentiate the equations; forward mode needs that
+        (`jvp`, `jacfwd`, `linearize`).
       epsilon, dtype, param_dtype, use_bias, use_scale, bias_init, scale_init,
         reduction_axes, feature_axes, axis_name, axis_index_groups, use_fast_variance,
         promote_dtype, rngs, bias_metadata, scale_metadata: as in `flax.nnx.LayerNorm`.
@@ -101,24 +105,24 @@ class LayerNorm(nnx.LayerNorm):
         *,
         residual: ArrayLike | None = None,
     ) -> Array | tuple[Array, Array]:
-        """`y`, of the shape of `x`; with `residual`, `(y, residual + x)`."""
+        """`y`, with the shape of `x`; with `residual`, `(y, residual + x)`."""
         return _call(self, nnx.LayerNorm, ("scale", "bias"), x, mask, residual)
 
 
 class RMSNorm(nnx.RMSNorm):
-    """RMS normalization, as `flax.nnx.RMSNorm`, with a hand-written backward pass.
+    """RMS normalization: `flax.nnx.RMSNorm` with a hand-written backward pass.
 
         y = x * rstd * (scale_offset + scale)
         rstd = 1 / sqrt(mean(x^2) + epsilon)
 
-    Everything said of `LayerNorm` holds.
+    The notes on `LayerNorm` apply here too.
 
     Args:
       num_features: the length of the last axis of `x`.
-      scale_offset: added to `scale` in float32; 1.0, with `scale_init=zeros`, is the
+      scale_offset: added to `scale` in float32; 1.0 with `scale_init=zeros` gives the
         norm of Gemma.
-      implementation: None for the best that can run, or a name.
-      custom_vjp: False lets JAX differentiate the equations, for forward mode.
+      implementation: a name, or None for the best implementation that can run.
+      custom_vjp: False lets JAX differentiate the equations; forward mode needs that.
       epsilon, dtype, param_dtype, use_scale, scale_init, reduction_axes, feature_axes,
         axis_name, axis_index_groups, use_fast_variance, promote_dtype, rngs,
         scale_metadata: as in `flax.nnx.RMSNorm`.
@@ -163,7 +167,7 @@ class RMSNorm(nnx.RMSNorm):
         *,
         residual: ArrayLike | None = None,
     ) -> Array | tuple[Array, Array]:
-        """`y`, of the shape of `x`; with `residual`, `(y, residual + x)`."""
+        """`y`, with the shape of `x`; with `residual`, `(y, residual + x)`."""
         return _call(self, nnx.RMSNorm, ("scale",), x, mask, residual)
 
 
@@ -173,35 +177,42 @@ def replace(
     implementation: Implementation | None = None,
     custom_vjp: bool = True,
 ) -> Model:
-    """`model`, every `flax.nnx` norm in it made one of this package, in place.
+    """Replaces every `flax.nnx` norm in `model` with a norm of this package, in place.
 
-    Each `flax.nnx.LayerNorm` and `flax.nnx.RMSNorm` stays the object it is, wherever it is
-    shared, with its parameters, attributes, names and checkpoints; only its class becomes
-    `jax_layernorm.nnx.LayerNorm` or `RMSNorm`. Nothing changes but speed, memory and
-    accuracy. What this could not be said of stays Flax's: norms with `axis_index_groups`,
-    subclasses that override `__call__`, and calls with a mask or of dtypes that this
-    package refuses (complex, float8). `report(model)` tells which.
+    Each `flax.nnx.LayerNorm` and `flax.nnx.RMSNorm` stays the same object, wherever it
+    is shared, and keeps its parameters, attributes, names and checkpoints. Only its
+    class changes, to `jax_layernorm.nnx.LayerNorm` or `RMSNorm`. Only speed, memory and
+    accuracy change with it.
 
-    What `nnx.iter_graph` reaches is replaced. A `jax.jit` of a function that closes over
-    the model, rather than taking it, keeps what it traced before.
+    Anything that would change behavior is left to Flax: norms with `axis_index_groups`,
+    subclasses that override `__call__`, calls with a mask, and calls with dtypes that
+    this package refuses (complex, float8). `report(model)` says which norms are
+    replaced.
+
+    This replaces the norms that `nnx.iter_graph` reaches. If a jitted function closes
+    over the model instead of taking it as an argument, the function keeps what it
+    traced before.
 
     Args:
-      model: a `flax.nnx` module, or a pytree of them; it may be abstract, from
-        `nnx.eval_shape`. Call this outside NNX's transformations, or on a model that was
-        made in the same one: `nnx.jit` takes no change of a class back out.
-      implementation: None for the best that can run, or a name as for `layer_norm`; a
-        norm that it cannot run raises when it is called.
-      custom_vjp: False for models that are differentiated forward (`jvp`, `jacfwd`,
-        `linearize`): JAX then differentiates the equations.
+      model: a `flax.nnx` module or a pytree of modules; it may be abstract, from
+        `nnx.eval_shape`. Call this outside NNX's transformations, or inside the
+        transformation that makes the model, because `nnx.jit` does not carry a change
+        of class back out.
+      implementation: a name as for `layer_norm`, or None for the best implementation
+        that can run. A norm that the named implementation cannot run raises when it is
+        called.
+      custom_vjp: pass False for models that are differentiated in forward mode (`jvp`,
+        `jacfwd`, `linearize`). JAX then differentiates the equations.
 
-    A second call changes both in the norms that the first one replaced.
+    A second call changes `implementation` and `custom_vjp` in the norms that the first
+    call replaced.
 
     Returns:
       `model`.
 
     Raises:
       TypeError: `model` holds no module, or `custom_vjp` is not True or False.
-      ValueError: `implementation` is unknown, or cannot go with `custom_vjp=False`.
+      ValueError: `implementation` is unknown, or does not support `custom_vjp=False`.
 
     Example:
       >>> from flax import nnx
@@ -226,13 +237,14 @@ def replace(
 
 
 def report(model: Any) -> Report:
-    """Which of a model's norms this package computes, which stay Flax's, and why.
+    """Reports which norms this package computes, which are left to Flax, and why.
 
     Args:
-      model: a `flax.nnx` module, or a pytree of them, before or after `replace`.
+      model: a `flax.nnx` module or a pytree of modules, before or after `replace`.
 
     Returns:
-      A `Report`. Calls of a replaced norm that stay Flax's, as with a mask, are not in it.
+      A `Report`. It does not list calls of a replaced norm that are left to Flax, such
+      as calls with a mask.
 
     Raises:
       TypeError: `model` holds no module.
@@ -273,7 +285,7 @@ def _norms(model: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
 
 
 def _left(norm: nnx.LayerNorm | nnx.RMSNorm) -> str | None:
-    """Why `replace` must not touch the norm; None where it may."""
+    """Why `replace` must not touch the norm; None if it may."""
     if type(norm).__call__ is not _flaxs(type(norm)).__call__:
         return f"{type(norm).__qualname__} overrides __call__"
     if norm.axis_index_groups is not None:
@@ -287,7 +299,7 @@ def _flaxs(kind: type) -> type:
 
 @functools.cache
 def _ours(kind: type) -> type:
-    """The class of a replaced norm: ours, or what a subclass of Flax's is over ours."""
+    """The class of a replaced norm: ours, or a subclass of both `kind` and ours."""
     ours = LayerNorm if issubclass(kind, nnx.LayerNorm) else RMSNorm
     if kind is _flaxs(kind):
         return ours
@@ -299,7 +311,7 @@ def _ours(kind: type) -> type:
 def _pickled_by_base(metaclass: type) -> type:
     """A metaclass whose classes pickle as `_ours` of their first base.
 
-    Pickle would look for such a class by its name, and find the subclass of Flax's.
+    Pickle would look up such a class by name, and find the subclass of Flax's norm.
     """
     made = type("Replaced", (metaclass,), {})
     copyreg.pickle(made, lambda kind: (_ours, (kind.__bases__[0],)))

@@ -1,7 +1,7 @@
 """The text: where it comes from, its windows, and what it holds without a model.
 
-A text is a `uint8` array: bytes are the tokens, so nothing is learned or stored for
-tokenization, and losses of different texts compare in bits per byte.
+A text is a `uint8` array whose bytes are the tokens. So nothing is learned or stored
+for tokenization, and the losses of different texts can be compared in bits per byte.
 """
 
 import bz2
@@ -16,7 +16,7 @@ OVERLAP_RUN = 32  # bytes
 
 
 def load_text(path: str | Path | None = None) -> np.ndarray:
-    """The bytes of the file at `path`, or by default of Python's own reference texts.
+    """The bytes of the file at `path`, or by default of Python's reference texts.
 
     Every CPython carries the language reference in `pydoc_data.topics` (what
     `help("while")` prints): about half a megabyte of English and code, a little
@@ -51,10 +51,9 @@ def training_batch(
 ) -> np.ndarray:
     """Windows `(batch, context + 1)` at places that depend on `seed` and `step` only.
 
-    Of these the `rows`, so that a process reads no more than its part.
-
-    This is what makes a resumed run see the same data as an uninterrupted one: there is
-    no position to save.
+    So a resumed run sees the same data as a run that was never interrupted, and no
+    position has to be saved. Only the given `rows` are returned, so that a process
+    reads no more than its part.
     """
     starts = np.random.default_rng([seed, step]).integers(
         0, len(training) - context, size=batch

@@ -1,10 +1,10 @@
 """More than one device, and more than one process: where every array lives.
 
-A mesh has two axes. Along `data` the windows of a batch are split, and each parameter
-is too, by its width ("fully sharded data parallel", FSDP): a device gathers a layer's
-parameters when it comes to that layer. Along `model` the heads, the MLP and the
-vocabulary are split (tensor parallelism). The residual stream is split along `data`
-alone, so a norm finds whole rows, and communicates nothing; its scale and bias, a few
+A mesh has two axes. Along `data`, the windows of a batch are split, and each parameter
+is split by its width ("fully sharded data parallel", FSDP). A device gathers a layer's
+parameters when it comes to that layer. Along `model`, the heads, the MLP and the
+vocabulary are split (tensor parallelism). The residual stream is split only along
+`data`, so a norm finds whole rows and communicates nothing. Its scale and bias, a few
 thousand numbers, are on every device.
 
 model.py names the axes of its arrays; `RULES` says where each name goes.
@@ -33,7 +33,7 @@ RULES = (
     ("vocabulary", "model"),
 )
 HEARTBEAT_SECONDS = 20
-"""A process that is silent for so long is taken for dead, and the others end."""
+"""A process that is silent for this long counts as dead, and the others end."""
 
 
 class MeshShape(NamedTuple):
@@ -135,7 +135,7 @@ class Mesh(Devices):
         return jax.tree.map(lambda array: array.addressable_data(0), whole)
 
     def shardings(self, axes: Any) -> Any:
-        """Where arrays are whose axes have these names."""
+        """The shardings of arrays whose axes have these names."""
         return nn.logical_to_mesh_sharding(axes, self.mesh, RULES)
 
 
@@ -145,7 +145,7 @@ class Mesh(Devices):
 def start_processes(
     coordinator: str | None, processes: int, process_id: int, *, cluster: bool
 ) -> None:
-    """Joins the other processes. Nothing of JAX may have run yet.
+    """Joins the other processes. Call it before any other use of JAX.
 
     Args:
       cluster: take the rest from the cluster, if JAX knows its kind: Slurm, Kubernetes,
@@ -170,9 +170,9 @@ def is_first() -> bool:
 def in_first(
     function: Callable[[], Result], raised: type[Exception], default: Result
 ) -> Result:
-    """`function()` in the first process, for which the others wait; `default` in these.
+    """Runs `function` in the first process; the others wait, and return `default`.
 
-    What it raises of the kind `raised`, all of them raise.
+    If `function` raises an exception of the kind `raised`, all processes raise it.
     """
     message, result = "", default
     if is_first():
@@ -194,7 +194,7 @@ def in_first(
 
 
 def any_process(flag: bool) -> bool:
-    """Whether it is true in any process; all of them have to ask."""
+    """Whether `flag` is true in any process; all processes have to call this."""
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))

@@ -7,8 +7,8 @@
 
 Tokens are bytes. Parameters are float32, the computation runs in `config.dtype`, the
 logits and the loss are float32. Every norm choice has the same parameter names, so the
-same seed gives the same initial parameters. The axes of arrays have names, which mean
-nothing on one device; mesh.py says where they are split on more.
+same seed gives the same initial parameters. The axes of arrays have names. On one
+device the names mean nothing; on several devices, mesh.py says how the axes are split.
 
 Nothing here reads or writes a file.
 """
@@ -49,7 +49,7 @@ class DecoderConfig:
     placement: Placement = "pre"
     """Norm before (pre) or after (post) attention and MLP."""
     dtype: Dtype = "float32"
-    """Of the computation; parameters are always float32."""
+    """Dtype of the computation; parameters are always float32."""
 
     def __post_init__(self) -> None:
         for name in ("layers", "width", "heads", "context"):
@@ -91,7 +91,7 @@ init = partial(normal, 0.04)
 
 
 def init_to_residual(config: DecoderConfig, *axes: str | None) -> Any:
-    """Smaller, so that the residual does not grow with the number of layers."""
+    """Smaller values, so that the residual does not grow with the number of layers."""
     return normal(0.04 / (2 * config.layers) ** 0.5, *axes)
 
 
@@ -155,7 +155,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Bytes `(batch, length)` to float32 logits `(batch, length, 256)` of the next."""
+    """Bytes `(batch, length)` to float32 logits of the next, `(batch, length, 256)`."""
 
     config: DecoderConfig
 
@@ -186,14 +186,14 @@ class Decoder(nn.Module):
 def next_byte_losses(
     config: DecoderConfig, params: Params, windows: jax.Array
 ) -> jax.Array:
-    """Nats `(batch, length)` of each byte but the first in `(batch, length + 1)`."""
+    """The loss in nats, `(batch, length)`, of each byte but a window's first."""
     tokens = windows.astype(jnp.int32)
     logits = Decoder(config).apply({"params": params}, tokens[:, :-1])
     return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
 
 
 def init_named_params(config: DecoderConfig, seed: int) -> Params:
-    """Parameters in boxes that tell the names of their axes."""
+    """Parameters in boxes that hold the names of their axes."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     return Decoder(config).init(jax.random.key(seed), tokens)["params"]
 
@@ -204,7 +204,7 @@ def init_params(config: DecoderConfig, seed: int) -> Params:
 
 
 def param_axes(config: DecoderConfig) -> Any:
-    """A `PartitionSpec` of names for each parameter."""
+    """A `PartitionSpec` of axis names for each parameter."""
     return nn.get_partition_spec(jax.eval_shape(partial(init_named_params, config), 0))
 
 

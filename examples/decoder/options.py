@@ -68,15 +68,16 @@ class DevicesConfig:
     """Devices along each axis, as in data=4,model=2. None: one device, or all of several
     processes along data."""
     cpu_devices: int = 1
-    """Let the CPU of this process pass for so many devices."""
+    """Let the CPU of this process act as this many devices."""
     coordinator: str | None = None
     """HOST:PORT of the first of several processes."""
     processes: int = 1
     """Processes of this run; each is started with the same options but --process-id."""
     process_id: int = 0
-    """Which of them this is, from 0."""
+    """Which of the processes this is, from 0."""
     cluster: bool = simple_parsing.field(default=False, action="store_true")
-    """Take the last three from Slurm, Kubernetes or another cluster that JAX knows."""
+    """Take the three options above from Slurm, Kubernetes or another cluster that JAX
+    knows."""
 
     def __post_init__(self) -> None:
         if self.mesh is not None:
@@ -110,7 +111,7 @@ class Run(NamedTuple):
     held_out: np.ndarray
 
     def describe(self) -> dict[str, Any]:
-        """All that the metrics depend on: what `config.json` holds."""
+        """Everything that the metrics depend on, as `config.json` holds it."""
         text = np.concatenate([self.training, self.held_out])
         return {
             **asdict(self.config),
@@ -226,7 +227,7 @@ def check_mesh(
 
 
 def check_memory(config: DecoderConfig, settings: TrainingConfig) -> None:
-    """Refuse a model and batch that clearly cannot fit; a rough count from below."""
+    """Refuse a model and batch that clearly cannot fit, by a rough lower bound."""
     layers, width, context = config.layers, config.width, config.context
     parameters = 12 * layers * width**2 + (VOCABULARY + context) * width
     saved = layers * (16 * width + 2 * config.heads * context) + 2 * VOCABULARY

@@ -13,7 +13,7 @@ from training import default_stride
 def summarize(
     run: Run, seconds: float, bits: float, prompt: bytes, drawn: bytes
 ) -> str:
-    """Time, loss, what puts the loss into scale, the sample, and the files."""
+    """Time, loss, figures to compare the loss with, the sample, and the files."""
     context, steps = run.config.context, run.settings.steps
     tokens = steps * run.settings.batch * context
     share = corpus.overlap(run.training, run.held_out)

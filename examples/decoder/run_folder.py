@@ -1,11 +1,11 @@
 """The files of one run, which may be killed between any two instructions.
 
-- `config.json` comes first and `summary.txt` last: without the first there is nothing
-  to resume, with the second the run is finished.
+- `config.json` comes first and `summary.txt` last. Without `config.json` there is
+  nothing to resume; with `summary.txt` the run is finished.
 - A step's row is in `metrics.csv` before its checkpoint is saved. On resume, rows after
-  the checkpoint and a last line without its end are cut, and the steps are run again.
-- Orbax makes a checkpoint appear whole or not at all; other files are written beside
-  and moved into place.
+  the checkpoint and an incomplete last line are cut, and these steps run again.
+- Orbax makes a checkpoint appear whole or not at all; other files are written under
+  another name and then moved into place.
 """
 
 import csv
@@ -25,7 +25,7 @@ FILES = (CONFIG, METRICS, CHECKPOINTS, PLOT, SAMPLE, SUMMARY)
 
 
 class UsageError(Exception):
-    """Bad input: one line that tells the rule, what was received, and what to do."""
+    """Bad input: one line with the rule, what was received, and what to do."""
 
 
 class Row(NamedTuple):
@@ -41,7 +41,7 @@ class Row(NamedTuple):
     def parse(
         cls, step: str, training: str, validation: str, speed: str, seconds: str
     ) -> "Row":
-        """From the cells of a line, which are those of the fields."""
+        """A row from the cells of a line, which are in the order of the fields."""
         validated = float(validation) if validation else None
         return cls(int(step), float(training), validated, int(speed), float(seconds))
 
@@ -99,9 +99,9 @@ def check_folder(out: Path, config: dict[str, Any], *, resume: bool) -> None:
 
 
 def make_folder(out: Path) -> filelock.BaseFileLock:
-    """Make `out`, unless it is there, and lock it against another run.
+    """Make `out` if it does not exist, and lock it against another run.
 
-    The lock is the operating system's, which takes it from a process that is killed.
+    The operating system holds the lock, and releases it if the process is killed.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -121,7 +121,7 @@ def make_folder(out: Path) -> filelock.BaseFileLock:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write beside `path`, then move into place: old or new, never half."""
+    """Write another file, then move it to `path`: it is old or new, never half."""
     beside = path.with_name(f".{path.name}.tmp")
     beside.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(beside, path)
@@ -160,13 +160,13 @@ def restore_checkpoint(
 
 
 def append_row(metrics: TextIO, row: Row) -> None:
-    """Write a line of `metrics.csv`, and leave nothing in a buffer."""
+    """Write a line of `metrics.csv`, and flush it."""
     csv.writer(metrics, lineterminator="\n").writerow(row)
     metrics.flush()
 
 
 def cut_metrics(out: Path, step: int) -> list[Row]:
-    """Cut `metrics.csv` after `step`, and a torn last line; the rows that stay."""
+    """Cut `metrics.csv` after `step`, and a torn last line; return the other rows."""
     path = out / METRICS
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     kept = [line for line in lines[1:] if line.endswith("\n")][:step]

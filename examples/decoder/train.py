@@ -5,12 +5,12 @@
 It trains on the reference texts that come with Python, unless --text names a file, and
 takes about four minutes on two CPU cores. README.md says what the other files hold.
 
-A run can be stopped at any moment, also by `kill -9`: the same command with `--resume`
-goes on from the last checkpoint, and its metrics are bit for bit those of a run that
-was never stopped (times aside).
+You can stop a run at any moment, even with `kill -9`. The same command with `--resume`
+continues from the last checkpoint. Its metrics, except times, are bit for bit those of
+a run that was never stopped.
 
-With --mesh it trains on several devices, and with --processes in several processes, of
-which the first one prints and writes; README.md has examples.
+With --mesh it trains on several devices, and with --processes in several processes.
+Only the first process prints and writes. README.md has examples.
 
 Exit codes: 0 finished, or stopped by Ctrl-C or SIGTERM with a checkpoint saved; 1 the
 loss is no longer finite, or another process is gone; 2 bad input, nothing written; 130
@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def start(run: Run) -> int:
-    """Tell what is about to happen, and do it, unless it has been done."""
+    """Print what is about to happen, and do it unless the run is finished."""
     config, settings, out = run.config, run.settings, run.files.out
     device = jax.local_devices()[0]
     shapes = jax.tree.leaves(jax.eval_shape(partial(init_params, config), 0))

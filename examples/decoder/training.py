@@ -42,9 +42,9 @@ class TrainingConfig:
     learning_rate: float = 3e-3
     """Peak learning rate."""
     weight_decay: float = 0.1
-    """AdamW's; applied to matrices only."""
+    """AdamW's weight decay; applied to matrices only."""
     seed: int = 0
-    """Of the initial parameters and the order of the data."""
+    """Seed of the initial parameters and the order of the data."""
     validate_every: int = 50
     """Steps between validations."""
 
@@ -75,7 +75,7 @@ class TrainingConfig:
 
 
 class TrainState(NamedTuple):
-    """What a step changes, and a checkpoint holds."""
+    """What a step changes and a checkpoint holds."""
 
     params: Params
     optimizer: optax.OptState
@@ -116,7 +116,7 @@ def init_state(
 
 
 def state_axes(config: DecoderConfig, settings: TrainingConfig) -> TrainState:
-    """The names of the axes; what the optimizer keeps of a parameter has its axes."""
+    """The names of the axes; the optimizer's arrays for a parameter have its axes."""
     optimizer, params = make_optimizer(settings), param_axes(config)
     shapes = jax.eval_shape(partial(init_params, config), 0)
     kept = optax.tree.map_params(
@@ -162,7 +162,7 @@ def _counted_nats(
     """The sum of the last `counts` losses of each window."""
     counted = jnp.arange(config.context) >= config.context - counts[:, None]
     losses = next_byte_losses(config, params, windows)
-    # All of them on every device, and so in every process.
+    # Put all sums on every device, and so in every process.
     return nn.with_logical_constraint(jnp.sum(losses, 1, where=counted), (None,))
 
 
@@ -185,8 +185,8 @@ def evaluate(
     """Bits per held-out byte, each byte predicted once; see `corpus.held_out_windows`.
 
     Args:
-      stride: how far the windows move, by default half the context. Smaller is slower,
-        with more context.
+      stride: how far the windows move, by default half the context. A smaller stride is
+        slower, and gives more context.
       windows: how many of the windows to take, evenly spread; by default all of them.
       batch: how many windows are computed at once.
       devices: where they are computed.
@@ -224,12 +224,13 @@ def train(
     done: int = 0,
     devices: Devices = ONE_DEVICE,
 ) -> Iterator[Step]:
-    """Train on from `state` after `done` steps, by default none; yield each step.
+    """Train on from `state` after `done` steps, 0 by default; yield each step.
 
-    The yielded state lives until the next step, which consumes it. The validation is an
-    estimate every `validate_every` steps and at the end, from evenly spread windows
-    without overlap: a part of the held-out text, with less context than in `evaluate`
-    by default, so a little higher.
+    The yielded state is valid until the next step, which consumes it.
+
+    The validation loss is an estimate, every `validate_every` steps and at the end,
+    from evenly spread windows without overlap. It covers a part of the held-out text.
+    It has less context than `evaluate` has by default, so it is a little higher.
     """
     state = init_state(config, settings, devices) if state is None else state
     train_step = make_train_step(config, settings, devices)

@@ -128,7 +128,7 @@ def check_sentences(sentences: Sequence[str]) -> Sequence[str]:
 
 
 def find_model(folder: Path | None) -> Path:
-    """The folder with the model's files, all of them there, and what reads them too."""
+    """The model's folder, after a check for its files and for what reads them."""
     needed = ["safetensors", "tokenizers", *([] if folder else [WEIGHTS_PACKAGE])]
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
@@ -174,7 +174,7 @@ def longest(folder: Path, config: EncoderConfig) -> int:
 def tokenize(
     folder: Path, sentences: Sequence[str], limit: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens `(sentences, length)`, and where they are real and no padding."""
+    """Tokens `(sentences, length)`, and which of them are real, not padding."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -225,7 +225,7 @@ def save(path: Path, embeddings: np.ndarray) -> None:
 def compare(
     config: EncoderConfig, params: Params, tokens: np.ndarray, mask: np.ndarray
 ) -> list[str]:
-    """The two norms beside each other: what comes out, and how long it takes."""
+    """Compares the two norms: what comes out, and how long it takes."""
     configs = {norm: EncoderConfig(**{**vars(config), "norm": norm}) for norm in NORMS}
     ours, flax = (
         np.asarray(embed(each, params, tokens, mask)) for each in configs.values()
@@ -264,7 +264,7 @@ def compare(
 def medians(
     functions: Mapping[str, Callable[[], Any]], rounds: int = 11
 ) -> dict[str, float]:
-    """Median seconds of each; they take turns, so that what drifts, drifts for all."""
+    """Median seconds of each; they take turns, so that a drift affects all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in functions}
     for i in range(rounds + 1):
         names = list(functions)

@@ -5,7 +5,7 @@
     sentence = the mean of x over the tokens, scaled to length 1
 
 Each norm follows a sum, and ours adds and normalizes in one pass, `norm(y, residual=x)`.
-Both norms have the same parameters. All is float32.
+Both norms have the same parameters. Everything is float32.
 
 Used by `embed.py`; nothing here reads or writes a file.
 """
@@ -23,7 +23,7 @@ import numpy as np
 import jax_layernorm as jln
 
 NORMS = {"ours": jln.linen.LayerNorm, "flax": nn.LayerNorm}
-# What else a configuration of Hugging Face may ask for is not here.
+# A Hugging Face configuration may ask for other values; they are not supported.
 SUPPORTED = {
     "model_type": "bert",
     "hidden_act": "gelu",
@@ -49,10 +49,10 @@ class EncoderConfig:
 
     @classmethod
     def from_hugging_face(cls, config: Mapping[str, Any], norm: str) -> "EncoderConfig":
-        """From what a Hugging Face `config.json` holds.
+        """Makes a configuration from the content of a Hugging Face `config.json`.
 
         Raises:
-          ValueError: the model is not a BERT as it is here.
+          ValueError: the model is not a BERT of the supported kind.
         """
         for key, only in SUPPORTED.items():
             if config.get(key, only) != only:
@@ -83,7 +83,7 @@ def add_norm(config: EncoderConfig, name: str, x: jax.Array, y: jax.Array) -> ja
     """`norm(x + y)`, by a submodule called `name` of the module that is running."""
     norm = NORMS[config.norm](epsilon=config.epsilon, name=name)
     if isinstance(norm, jln.linen.LayerNorm):
-        return norm(y, residual=x)[0]  # and [1] would be the sum
+        return norm(y, residual=x)[0]  # [1] is the sum
     return norm(x + y)
 
 
@@ -144,7 +144,7 @@ def embed(
     config: EncoderConfig, params: Params, tokens: jax.Array, mask: jax.Array
 ) -> jax.Array:
     """One vector of length 1 for each sentence, `(batch, width)`."""
-    # Accelerators multiply float32 in fewer bits unless told otherwise.
+    # By default, accelerators multiply float32 in fewer bits.
     with jax.default_matmul_precision("float32"):
         x = Encoder(config).apply({"params": params}, tokens, mask)
     mean = x.mean(axis=1, where=mask[:, :, None])
@@ -157,7 +157,7 @@ def params_from_torch(
     """The parameters of `Encoder` from the state dict of Hugging Face's `BertModel`.
 
     Raises:
-      KeyError: a parameter is not there; the message names it.
+      KeyError: a parameter is missing; the message names it.
     """
 
     # A model with a head has the encoder under this name.

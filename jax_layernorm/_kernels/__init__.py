@@ -1,12 +1,12 @@
-"""The registry of implementations, and the choice of the one that runs.
+"""The registry of implementations, and the choice between them.
 
 To add a kernel: write one module with the members of `Kernel`, and add one line to
 `KERNELS`. The order is the order of preference; `xla`, which can run everything,
 stays last.
 
-Every choice is made here: at lowering between the kernels (`select`), and while a norm
-is traced between a kernel op and the bare equations (`needs_equations`). `explain`
-reports what these recorded.
+Every choice is made here. `needs_equations` chooses between a kernel op and the bare
+equations, while a norm is traced. `select` chooses between the kernels, at lowering.
+`explain` reports what they recorded.
 """
 
 from __future__ import annotations
@@ -31,10 +31,12 @@ class Kernel(Protocol):
         ...
 
     def not_default(self, problem: Problem) -> str | None:
-        """Why it runs `problem` only if it is asked for by name, or None; users see it.
+        """Why it runs `problem` only by name, or None if it may be the default.
 
-        An implementation is a default only on hardware that it has run on, where a
-        benchmark shows that it wins.
+        Users see the reason.
+
+        An implementation is a default only on hardware that it has run on, and only if
+        a benchmark shows that it wins.
         """
         ...
 
@@ -66,7 +68,7 @@ DEVICES = {"cpu": "CPUs", "cuda": "CUDA GPUs", "rocm": "ROCm GPUs", "tpu": "TPUs
 
 
 class Decision(NamedTuple):
-    """One choice: the implementation that runs, and why each other one does not.
+    """One choice: the implementation that runs, and why each of the others does not.
 
     `chosen` is None if the implementation that was asked for cannot run.
     """
@@ -88,7 +90,7 @@ _record: contextvars.ContextVar[Record | None] = contextvars.ContextVar(
 
 
 def current_record() -> Record | None:
-    """What the decisions of this thread are recorded in, if they are."""
+    """The record of this thread's decisions; None if they are not recorded."""
     return _record.get()
 
 
@@ -110,7 +112,7 @@ def _decide(chosen: str | None, reasons: dict[str, str]) -> None:
 
 
 def _decide_for_equations(reason: str) -> None:
-    """XLA compiles the equations, and no kernel runs, for one reason."""
+    """Records that XLA compiles the equations and no kernel runs, and why."""
     _decide("xla", {name: reason for name in KERNELS if name != "xla"})
 
 
@@ -158,7 +160,7 @@ def _function_of(kernel: Kernel, problem: Problem) -> Callable[..., Any]:
 
 
 def check(problem: Problem) -> None:
-    """Raises if an implementation was asked for by name that can run this nowhere.
+    """Raises if the implementation that was asked for by name can run this nowhere.
 
     Raises:
       NotImplementedError: with the implementation's reason.
@@ -179,13 +181,13 @@ def check(problem: Problem) -> None:
 
 
 def needs_equations(spec: NormSpec, *, custom_vjp: bool) -> bool:
-    """Whether the bare equations run, while the norm is traced, and no kernel op does.
+    """Whether the bare equations run instead of a kernel op, decided at tracing.
 
-    A kernel op holds no collective, because its batching rule would run outside the
-    mapped axis; and its derivative is the hand-written one.
+    A kernel op cannot hold a collective, because its batching rule would run outside
+    the mapped axis. And its derivative is always the hand-written one.
 
     Raises:
-      NotImplementedError: another implementation than XLA was asked for by name.
+      NotImplementedError: an implementation other than XLA was asked for by name.
     """
     if not custom_vjp:
         reason = "custom_vjp=False differentiates the equations themselves"

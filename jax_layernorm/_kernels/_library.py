@@ -1,8 +1,8 @@
-"""The C++ library: the kernel for CPUs, and what launches the kernels for NVIDIA GPUs.
+"""The C++ library: the CPU kernel, and the code that launches the GPU kernels.
 
 XLA calls it through its foreign function interface (FFI). It is compiled when the package
-is installed; without it nothing is lost but speed. It is loaded at import, because a
-process may run a compiled program that another one saved, and then lowers nothing.
+is installed; without it, only speed is lost. It is loaded at import, because a process
+may run a compiled program that another process saved, and then it lowers nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CUDA_LAUNCH = "jax_layernorm_cuda_launch"
 
 @functools.cache
 def not_loaded() -> str | None:
-    """Loads the library and registers its handlers; why that cannot be, or None."""
+    """Loads the library and registers its handlers; returns why it cannot, or None."""
     library = path()
     if library is None:
         return (
@@ -32,7 +32,7 @@ def not_loaded() -> str | None:
 
 
 def path() -> pathlib.Path | None:
-    """In an editable install not beside this file, but in another folder of the package."""
+    """The library's path. An editable install does not have it beside this file."""
     from jax_layernorm import _kernels
 
     found = (pathlib.Path(folder, LIBRARY) for folder in _kernels.__path__)
@@ -46,8 +46,8 @@ def load(library: pathlib.Path, headers: pathlib.Path) -> str | None:
         return f"its library does not load: {error}"
     needed = (ctypes.c_int * 2).in_dll(handlers, "jax_layernorm_ffi_api_version")
     spoken = ffi_api_version(headers)
-    # A handler that XLA finds too new makes the whole backend fail once it is registered,
-    # so the versions are compared before.
+    # Compare the versions first. A registered handler that XLA finds too new would make
+    # the whole backend fail.
     if spoken is None:
         return f"the version of jaxlib's FFI is not found in {headers}"
     if spoken[0] != needed[0] or spoken[1] < needed[1]:
@@ -68,7 +68,7 @@ def load(library: pathlib.Path, headers: pathlib.Path) -> str | None:
 
 
 def ffi_api_version(headers: pathlib.Path) -> tuple[int, int] | None:
-    """That of the installed jaxlib, from the headers it comes with."""
+    """The FFI version of the installed jaxlib, from the headers that it comes with."""
     try:
         text = (headers / "xla" / "ffi" / "api" / "c_api.h").read_text()
     except OSError:

@@ -1,9 +1,9 @@
 """The problem as hand-written kernels see it: a matrix, rows by features.
 
 The normalized axes are the last ones and become `features`; all others become `rows`.
-A parameter is one row of features for all rows, or one for each of several equal groups
-of consecutive rows: a per-example scale and shift, or the gradients of single examples
-that `jax.vmap(jax.grad(...))` asks for.
+A parameter is one row of features for all rows, or a row of features for each of
+several equal groups of consecutive rows. Such groups come from a per-example scale and
+shift, or from the gradients of single examples that `jax.vmap(jax.grad(...))` asks for.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from jax_layernorm._kernel_op import Problem
 
 
 class Rows(NamedTuple):
-    """Shape of a problem. `*_groups`: groups of rows, None if there is no such array.
+    """The shape of a problem. `*_groups` counts groups of rows; None without the array.
 
     Attributes:
-      rows, features: of the matrix.
+      rows, features: the shape of the matrix.
       scale_groups: of the operand `scale`, forward and backward.
       bias_groups: of the operand `bias`, forward; of the result `dbias`, backward.
       dscale_groups: of the result `dscale`, backward.
@@ -69,7 +69,7 @@ def _shape(operand: Any) -> tuple[int, ...] | None:
 
 
 def _groups(shape: tuple[int, ...], x_shape: tuple[int, ...], normalized: int) -> int:
-    """How many runs of consecutive rows have a parameter row of their own."""
+    """How many groups of consecutive rows have a separate row of parameters."""
     aligned = (1,) * (len(x_shape) - len(shape)) + tuple(shape)
     first = len(x_shape) - normalized
     groups, shared, fits = 1, False, aligned[first:] == x_shape[first:]

@@ -1,22 +1,23 @@
-"""XLA: the equations themselves, compiled. Runs everything everywhere.
+"""The XLA implementation: the compiled equations. It runs everything everywhere.
 
-Left alone, XLA on CPU and GPU computes the mean of a row again in each fusion that
-uses it, for every element; and it sees in the backward pass what the forward pass has
-computed from the same `x`, and keeps that in memory in place of `x`. An optimization
-barrier around the mean ends the one, one around the cotangents the other: all that
-depends on them stays where it is, and the rest is free to share passes over `x`.
+By itself, XLA on CPU and GPU does two things that cost time and memory. It computes the
+mean of a row again for every element, in each fusion that uses the mean. And in the
+backward pass it sees what the forward pass has computed from the same `x`, and keeps
+that in memory instead of `x`. An optimization barrier around the mean prevents the
+first, and a barrier around the cotangents prevents the second. Everything that depends
+on them stays where it is, and the rest is free to share passes over `x`.
 
-On CPU, a forward pass that saves nothing needs no barrier: XLA makes one fusion of it, and
-goes over a row while it is in the cache. What counts then are the operations on whole rows
-and whole arrays, so sums are divided by N, and not their terms (`divide_sums`). A row whose
-plain sum overflows, beyond 1e38 / features, is then NaN.
+On CPU, a forward pass that saves nothing needs no barrier. XLA makes one fusion of it,
+and goes over a row while the row is in the cache. Then the operations on whole rows and
+whole arrays are what counts. So sums are divided by N instead of their terms
+(`divide_sums`). A row whose plain sum overflows, beyond 1e38 / features, is then NaN.
 
-On GPU `dscale` and `dbias` are summed in two steps. In one, of up to some 4096 rows, XLA
-takes them by a few of the processor's cores, and writes `dy * x_hat` to memory in float32
-before; the sums of parts of the rows are one pass with `dx`.
+On GPU, `dscale` and `dbias` are summed in two steps. In a single step, for up to about
+4096 rows, XLA uses only a few of the processor's cores for the sums, and first writes
+`dy * x_hat` to memory in float32. Sums over parts of the rows share one pass with `dx`.
 
-A TPU program fuses well and has no barrier; there the statistics are taken in one pass
-over `x`, so that no program reads it more often than with `E[x^2] - E[x]^2`.
+A TPU program fuses well and has no barrier. It takes the statistics in one pass over
+`x`, so it reads `x` no more often than with `E[x^2] - E[x]^2`.
 `benchmarks/compile_only.py` counts the bytes.
 """
 
@@ -33,13 +34,13 @@ from jax import lax
 from jax_layernorm import _equations
 from jax_layernorm._kernel_op import PLATFORMS, Problem
 
-platforms = (*PLATFORMS, "")  # "": any other
+platforms = (*PLATFORMS, "")  # "" stands for any other
 GPUS = ("cuda", "rocm")
 BARRIER_PLATFORMS = ("cpu", *GPUS)
 PARTS = 32
-"""Of the rows, at the least: work for a whole GPU."""
+"""The rows are split into at least this many parts: work for a whole GPU."""
 PART_ROWS = (8, 256)
-"""The least and the most. Parts of 512 XLA sums in its own way again."""
+"""The least and the most rows of a part. XLA sums 512 rows in its usual way again."""
 
 
 def not_default(problem: Problem) -> str | None:
@@ -67,7 +68,7 @@ def backward(problem: Problem) -> Callable[..., _equations.BackwardOutputs]:
 
 
 def sum_in_parts(x: Any, leading: int) -> Any:
-    """The sum over so many first axes; where a power of two divides them, in two steps."""
+    """The sum over the first axes, in two steps if a power of two divides them."""
     rows = math.prod(x.shape[:leading])
     least, most = PART_ROWS
     part = 0
@@ -76,7 +77,7 @@ def sum_in_parts(x: Any, leading: int) -> Any:
     if part < least:
         return jnp.sum(x, range(leading))
     parts = jnp.sum(x.reshape(rows // part, part, *x.shape[leading:]), 1)
-    # Or XLA makes one sum of the two.
+    # Without the barrier, XLA would make one sum of the two.
     return jnp.sum(lax.optimization_barrier(parts), 0)
 
 

@@ -1,16 +1,17 @@
-"""NVIDIA GPUs: kernels in CUDA C++, compiled for the problem when a norm is lowered.
+"""The GPU kernel: CUDA C++ for NVIDIA GPUs, compiled for the problem at lowering.
 
-Why: XLA takes the statistics, `y` and the sums over rows in kernels of their own, and moves
-about twice the least bytes. `norm.cu` reads each row once, each way. `_compile` compiles it
-with NVRTC, for the GPU at hand; `launch.cc`, which needs nothing of CUDA to be built,
-launches the kernel that comes with the call.
+Why: XLA computes the statistics, `y` and the sums over rows in separate kernels, and
+moves about twice the least bytes. `norm.cu` reads each row once, each way. `_compile`
+compiles it with NVRTC, for the GPU at hand. `launch.cc` launches the kernel that comes
+with the call; building `launch.cc` takes nothing from CUDA.
 
-Numerics: the formulas of `_equations`, in float32. A row's result depends on that row and
-on the number of features alone. `dscale` and `dbias` are summed in a fixed order, which
-depends on the shape and on the number of multiprocessors.
+Numerics: the formulas of `_equations`, in float32. A row's result depends only on that
+row and on the number of features. `dscale` and `dbias` are summed in a fixed order,
+which depends on the shape and on the number of multiprocessors.
 
-Limits: bfloat16, float16 and float32; one row of parameters; rows that the threads of a
-block, or from compute capability 9.0 on of a cluster, can hold; not in exported programs.
+Limits: bfloat16, float16 and float32; one row of parameters; no exported programs. The
+threads of a block, or of a cluster from compute capability 9.0 on, must be able to hold
+a row.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from jax_layernorm._kernels.cuda import _compile, _tiles
 platforms = ("cuda",)
 TYPES = {"float32": "float", "bfloat16": "bf16", "float16": "f16"}
 
-# The parameters of each kernel in norm.cu, before the last, which is a number.
+# The parameters of each kernel in norm.cu, without the last, which is a number.
 PARAMETERS = {
     "norm_forward": (
         "x", "residual", "scale", "bias", "y", "residual_out", "mean", "mean_low", "rstd",
@@ -194,7 +195,7 @@ class Launch(NamedTuple):
 def call(
     launch: Launch, operands: dict[str, Any], results: dict[str, Any]
 ) -> dict[str, Any]:
-    """The results of a launch, by name; an operand that there is not is None."""
+    """The results of a launch, by name. A missing operand is None."""
     operands = {name: a for name, a in operands.items() if a is not None}
     names = [*operands, *results]
     image = _compile.image(launch.macros, _tiles.gpu().capability)
@@ -269,7 +270,7 @@ def _unavailable(gpu: _tiles.Gpu) -> str | None:
 
 
 def _whole_arrays(problem: Problem) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The dtypes of the arrays of the shape of `x`: read, and written."""
+    """The dtypes of the arrays with the shape of `x`: those read, and those written."""
     x = problem.operands[0]
     if problem.op == _equations.FORWARD:
         residual = problem.operands[1]
@@ -293,7 +294,7 @@ def _sum_dtype(x: Any, residual: Any) -> Any:
 def _macros(
     kernel: str, features: int, tile: _tiles.Tile, arrays: dict[str, Any], **values: Any
 ) -> tuple[str, ...]:
-    """An array that there is not has the type of `x`."""
+    """The macros that describe a kernel. A missing array has the type of `x`."""
     shape = {"FEATURES": features} | {
         name.upper(): value
         for name, value in tile._asdict().items()

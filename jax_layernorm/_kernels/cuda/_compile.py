@@ -1,4 +1,4 @@
-"""CUDA C++ to machine code by NVRTC, which `jax[cuda13]` brings. It needs no GPU."""
+"""Compiles CUDA C++ with NVRTC, which comes with `jax[cuda13]`. It needs no GPU."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from typing import NamedTuple
 
 FOLDER = pathlib.Path(__file__).parent
 SOURCE, HEADERS = "norm.cu", ("gpu.cuh", "row.cuh")
-LEAST_CAPABILITY = 80  # asynchronous copies
+LEAST_CAPABILITY = 80  # the first with asynchronous copies
 VERSIONS = (13, 12)
 
 
 class Image(NamedTuple):
-    """A kernel for one kind of GPU, and the name of its content."""
+    """A kernel for one kind of GPU, and a digest of its content."""
 
     data: bytes
     digest: str
 
 
 def unavailable(capability: int) -> str | None:
-    """Why nothing can be compiled for such a GPU, or None."""
+    """Why nothing can be compiled for this compute capability, or None."""
     library = _nvrtc()
     if isinstance(library, str):
         return library
@@ -47,7 +47,7 @@ def image(macros: tuple[str, ...], capability: int) -> Image:
     Machine code for one architecture, or PTX for all of them if `capability` is 0.
 
     Raises:
-      RuntimeError: with what the compiler says.
+      RuntimeError: with the compiler's message.
     """
     return compiled(macros, capability)[0]
 
@@ -55,7 +55,7 @@ def image(macros: tuple[str, ...], capability: int) -> Image:
 def compiled(
     macros: tuple[str, ...], capability: int, *options: str
 ) -> tuple[Image, str]:
-    """The same, not cached, with the compiler's log."""
+    """Like `image`, but not cached, and with the compiler's log."""
     library = _nvrtc()
     if isinstance(library, str):
         raise RuntimeError(library)
@@ -76,7 +76,7 @@ def compiled(
         arguments = [
             f"--gpu-architecture={target}",
             "--std=c++17",
-            "--fmad=false",  # the source says what is fused
+            "--fmad=false",  # the source decides what is fused
             *options,
             *(f"-D{macro}" for macro in macros),
         ]
@@ -94,7 +94,7 @@ def compiled(
 
 @functools.cache
 def _nvrtc() -> ctypes.CDLL | str:
-    """The newest that fits the driver, or why there is none."""
+    """The newest NVRTC that fits the driver, or why none can be used."""
     driver = _driver_version()
     others = []
     for version, path in _candidates():
@@ -103,11 +103,11 @@ def _nvrtc() -> ctypes.CDLL | str:
             continue
         try:
             if path.is_absolute():
-                # NVRTC opens its builtins by name, and does not look beside itself.
+                # NVRTC opens its builtins by name, and does not look in its folder.
                 for builtins in path.parent.glob("libnvrtc-builtins.so.*"):
                     ctypes.CDLL(str(builtins))
             return ctypes.CDLL(str(path))
-        except OSError:  # there is none of that name, or it is of another machine
+        except OSError:  # it does not exist, or is for another machine
             continue
     if others:
         return (
@@ -118,7 +118,7 @@ def _nvrtc() -> ctypes.CDLL | str:
 
 
 def _candidates() -> Iterator[tuple[int, pathlib.Path]]:
-    """NVIDIA's wheels, then the libraries of the system, by the version of CUDA."""
+    """For each version of CUDA, NVRTC in NVIDIA's wheels and then in the system."""
     spec = importlib.util.find_spec("nvidia")
     places = (spec.submodule_search_locations or ()) if spec else ()
     for version in VERSIONS:

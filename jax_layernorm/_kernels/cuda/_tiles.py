@@ -1,9 +1,9 @@
 """How a matrix is cut into blocks of threads, and for which GPU.
 
 A block stays on a multiprocessor for a whole pass and works on `groups` rows at a time,
-each with `threads` threads. If a row is too long for one block, the blocks of a cluster
-have a part each. What a row's result is does not depend on `groups` and `blocks`, which
-alone depend on the number of rows.
+each with `threads` threads. If a row is too long for one block, each block of a cluster
+has a part of it. Only `groups` and `blocks` depend on the number of rows, and a row's
+result does not depend on these two.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import jax
 
 
 class Gpu(NamedTuple):
-    """What the kernels need to know of one.
+    """What the kernels need to know about a GPU.
 
     Attributes:
-      capability: its compute capability times ten, as in sm_90; 0 if it is not known.
-      multiprocessors: their number; a guess if it is not known.
+      capability: the compute capability times ten, as in sm_90; 0 if it is unknown.
+      multiprocessors: the number of multiprocessors; a guess if it is unknown.
     """
 
     capability: int
@@ -29,7 +29,7 @@ class Gpu(NamedTuple):
 
     @property
     def shared_bytes(self) -> int:
-        """Of shared memory, for one block; CUDA keeps 1 KiB of them.
+        """The bytes of shared memory for a block, without the 1 KiB that CUDA keeps.
 
         Source: "Technical Specifications per Compute Capability" in the CUDA C++
         Programming Guide.
@@ -47,7 +47,7 @@ UNKNOWN = Gpu(0, 108)
 
 @functools.cache
 def gpu() -> Gpu:
-    """The one that programs are lowered for: this process's, if all of its are alike."""
+    """The GPU to lower programs for: this process's, if all of them are alike."""
     try:
         devices = jax.local_devices(backend="cuda")
     except RuntimeError:
@@ -57,7 +57,7 @@ def gpu() -> Gpu:
 
 
 def gpu_of(device: Any) -> Gpu:
-    """What JAX knows of one; it may be one of a topology, to compile for."""
+    """What JAX knows about a device, which may be part of a topology to compile for."""
     return Gpu(int(str(device.compute_capability).replace(".", "")), device.core_count)
 
 
@@ -65,13 +65,13 @@ class Tile(NamedTuple):
     """One launch of a kernel.
 
     Attributes:
-      threads: of a block, for each row that it works on.
+      threads: the threads of a block for each row that it works on.
       groups: the rows that a block works on at a time.
-      vector: elements that a thread moves at once.
+      vector: the elements that a thread moves at once.
       cluster: the blocks that share a row.
-      stages: of the ring that rows arrive in; that many less one are under way.
-      blocks: in all.
-      shared_bytes: of memory, for a block.
+      stages: the stages of the ring that rows arrive in; all but one are under way.
+      blocks: the number of blocks in all.
+      shared_bytes: the shared memory of a block.
     """
 
     threads: int
@@ -84,19 +84,21 @@ class Tile(NamedTuple):
 
     @property
     def workers(self) -> int:
-        """Blocks, or clusters of them, each of which has whole rows."""
+        """The number of blocks, or clusters of blocks, that work on whole rows."""
         return self.blocks // self.cluster
 
 
 PER_THREAD = {"forward": 16, "backward": 8}
-"""Elements of a row, at the most. Backward a thread keeps two sums of each as well."""
+"""The most elements of a row that a thread holds. Backward, it also keeps two sums for
+each element."""
 MOST_THREADS = {"forward": 768, "backward": 1024}
-"""Of a block: registers suffice for 80 and for 64 of them a thread."""
+"""The most threads of a block: registers then suffice for 80 and for 64 a thread."""
 NARROW = ((16, 640), (128, 768))
-"""Up to so many threads of a row: the most of a block, whose rows need more registers."""
+"""Pairs (threads of a row, most threads of a block): a row with so few threads needs
+more registers for each thread."""
 CLUSTERS = (1, 2, 4, 8)
 STAGES = 3
-MOST_GROUPS = 15  # that have a barrier; rows of one warp or less need none
+MOST_GROUPS = 15  # each needs a barrier, except rows of one warp or less
 
 
 def tile(
@@ -105,8 +107,8 @@ def tile(
     """The tile of a "forward" or "backward" pass; None if a row is too long.
 
     Args:
-      read: the item sizes of the arrays of whole rows that are read.
-      widest: the largest item size of all arrays of whole rows.
+      read: the item sizes of the arrays with whole rows that are read.
+      widest: the largest item size of all arrays with whole rows.
     """
     for cluster in CLUSTERS if on.has_clusters else (1,):
         if features % cluster == 0:
@@ -126,7 +128,7 @@ def _tile_of_part(
     widest: int,
     on: Gpu,
 ) -> Tile | None:
-    """The tile where a block has so many elements of a row; None if it cannot."""
+    """The tile if a block has `part` elements of a row; None if it cannot."""
     vector = math.gcd(part, 16 // widest)
     threads = _threads(part, vector, PER_THREAD[direction])
     most = MOST_THREADS[direction]
@@ -138,12 +140,12 @@ def _tile_of_part(
         groups = max(1, most // threads)
         if threads > 32:
             groups = min(groups, MOST_GROUPS)
-        # With few rows fewer groups, so that all multiprocessors work.
+        # If there are few rows, take fewer groups, so that all multiprocessors work.
         groups = max(1, min(groups, -(-rows // on.multiprocessors)))
         groups = _round_up(groups, whole_warps)
     row = _round_up(part, threads * vector)
-    # Fewer groups rather than fewer stages: no fewer bytes are under way, and each thread
-    # may have more registers.
+    # Take fewer groups rather than fewer stages: then no fewer bytes are under way, and
+    # each thread may have more registers.
     most_groups = groups
     for stages in range(STAGES, 1, -1):
         for groups in range(most_groups, 0, -whole_warps):
@@ -159,7 +161,7 @@ def _tile_of_part(
 
 
 def _threads(part: int, vector: int, per_thread: int) -> int:
-    """Enough for a part of a row: whole warps, or a power of two of a warp."""
+    """Enough threads for a part of a row: whole warps, or a power of two below 32."""
     vectors = max(1, per_thread // vector)
     threads = -(-part // (vector * vectors))
     if threads < 32:

@@ -10,7 +10,7 @@ struct bf16 { uint16 bits; };
 struct f16 { uint16 bits; };
 
 #define DEVICE __device__ __forceinline__
-// The kernels take all registers that a block of so many threads can have.
+// The kernels take all registers that a block of this many threads can have.
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads, 1)
 #define CLUSTER_KERNEL(threads, blocks) KERNEL(threads) __cluster_dims__(blocks, 1, 1)
 
@@ -34,12 +34,12 @@ DEVICE void narrow(float x, f16& to) {
 DEVICE float inverse_root(float x) { return 1.0f / sqrtf(x); }
 DEVICE float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 
-// The value of the thread whose lane differs in these bits; the whole warp calls it.
+// The value of the thread whose lane differs in these bits. The whole warp calls it.
 DEVICE float shuffle_xor(float x, int lanes) {
   return __shfl_xor_sync(0xffffffffu, x, lanes);
 }
 
-// Waits for so many threads of the block, at one of its 16 barriers.
+// Waits for this many threads of the block, at one of its 16 barriers.
 DEVICE void barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -66,8 +66,8 @@ DEVICE void async_copy(uint32* to, const uint32* from) {
 }
 DEVICE void async_copy(uint16* to, const uint16* from) { *to = __ldg(from); }
 
-// Copies that were begun since the last commit are one group. Waiting for all but N groups
-// makes this thread's own copies visible to itself.
+// The copies that were begun since the last commit are one group. Waiting for all but N
+// groups makes this thread's copies visible to this thread.
 DEVICE void async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N>
 DEVICE void async_wait() {

@@ -1,7 +1,8 @@
 // Launches a kernel that comes with the call, on XLA's stream.
 //
-// This needs XLA's FFI headers and nothing of CUDA to be built: the driver's library, which
-// is loaded in every process that uses a GPU, is opened when the first program runs.
+// Building this takes XLA's FFI headers and nothing from CUDA. The driver's library,
+// which is loaded in every process that uses a GPU, is opened when the first program
+// runs.
 //
 // A kernel's parameters are pointers to the call's operands and results, and one number.
 
@@ -28,7 +29,7 @@ namespace ffi = xla::ffi;
 // XLA fills the fields in the order in which their names are registered below.
 struct LaunchAttributes {
   std::string_view image;   // machine code or PTX
-  std::string_view digest;  // which names the image
+  std::string_view digest;  // identifies the image
   std::string_view kernel;
   int64_t blocks, threads, shared_bytes, number;
   ffi::Span<const int64_t> parameters;  // positions of operands, then results; -1: null
@@ -49,8 +50,8 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
 namespace jax_layernorm {
 namespace {
 
-// What is used of cuda.h. In the driver's binary interface handles are pointers and results
-// integers, and these versions of the functions stay.
+// The part of cuda.h that is used here. In the driver's binary interface, handles are
+// pointers and results are integers, and these versions of the functions stay.
 using Result = int;
 using Stream = struct CUstream_st*;
 using Library = struct CUlib_st*;
@@ -87,7 +88,7 @@ class Driver {
   Result (*launch)(Function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned,
                    unsigned, Stream, void**, void**) = nullptr;
 
-  // Why it cannot be used, or "".
+  // Why the driver cannot be used, or "".
   const std::string& missing() const { return missing_; }
 
   ffi::Error failed(std::string_view what, Result result) const {
@@ -138,8 +139,9 @@ class Current {
   const Result result;
 };
 
-// An image that has been loaded. Images stay for the life of the process: the same few
-// serve all its programs, and a client that ends may not take those of another.
+// A loaded image. Images stay for the life of the process, because the same few serve
+// all its programs, and a client that ends must not unload the images of another
+// client.
 class Image {
  public:
   static Image& get(std::string_view digest) {
@@ -225,8 +227,9 @@ ffi::Error addresses(const LaunchAttributes& a, ffi::RemainingArgs args,
   return ffi::Error::Success();
 }
 
-// XLA runs this twice for each execution: before, without launching, because no kernel can
-// be loaded while a stream is captured into a graph; and then to launch.
+// XLA runs this twice for each execution. The first time, it loads the kernel and does
+// not launch, because no kernel can be loaded while a stream is captured into a graph.
+// The second time, it launches.
 template <bool kLaunch>
 ffi::Error run(Stream stream, LaunchAttributes a, ffi::RemainingArgs args,
                ffi::RemainingRets rets) {

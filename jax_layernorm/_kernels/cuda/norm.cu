@@ -1,5 +1,6 @@
-// The formulas of _equations.py for a matrix, rows by features, on NVIDIA GPUs. One problem
-// and one kernel at a time is compiled, by macros (`_macros` in __init__.py writes them):
+// The formulas of _equations.py for a matrix, rows by features, on NVIDIA GPUs. Each
+// compilation makes one kernel for one problem. Macros describe both (`_macros` in
+// __init__.py writes them):
 //
 //   JLN_FORWARD, JLN_BACKWARD or JLN_SUM_PARTS: which kernel
 //   JLN_FEATURES, JLN_CLUSTER, JLN_THREADS, JLN_GROUPS, JLN_VECTOR, JLN_STAGES: see row.cuh
@@ -45,7 +46,7 @@ using Y = JLN_Y;
 struct Shared {
   alignas(16) WarpSums sums;
   alignas(16) Arriving<X> x[kStages][kGroups];
-  Arriving<Residual> residual[kStages][kGroups];  // the last, as it may have no memory
+  Arriving<Residual> residual[kStages][kGroups];  // last, because it may have no memory
 };
 constexpr int kSharedBytes =
     sizeof(Shared) - (kHasResidual ? 0 : sizeof(Shared::residual));
@@ -69,7 +70,7 @@ NORM_KERNEL norm_forward(const X* x, const Residual* residual, const Scale* scal
         shared.residual[stage][group].fetch(place.part_of(residual, row), t);
       }
     }
-    async_commit();  // also of nothing, since groups are counted
+    async_commit();  // even of nothing, because groups are counted
   };
   long long row = place.first + group;
   UNROLL for (int s = 0; s < kStages - 1; ++s) fetch(row + s * place.step, s);
@@ -123,7 +124,7 @@ NORM_KERNEL norm_forward(const X* x, const Residual* residual, const Scale* scal
     float square = sums.b;
     if constexpr (kCenter) {
       low = sums.a * kInvN;
-      // No more than can be subtracted from inf without a NaN.
+      // The limit is finite, because inf - inf would be NaN.
       square = fmaxf(square - fminf(low * low * kFeatures, kLargest), 0.0f);
     }
     const float r = inverse_root(multiply_add(square, kInvN, JLN_EPSILON));
@@ -166,11 +167,11 @@ using Dy = JLN_DY;
 struct Ring {
   Arriving<X> x[kStages][kGroups];
   Arriving<Dy> dy[kStages][kGroups];
-  Arriving<X> dresidual_out[kStages][kGroups];  // the last, as it may have no memory
+  Arriving<X> dresidual_out[kStages][kGroups];  // last, because it may have no memory
 };
 constexpr int kRingBytes =
     sizeof(Ring) - (kHasDresidualOut ? 0 : sizeof(Ring::dresidual_out));
-// The sums of half of the groups, on their way to the other half.
+// The sums of half the groups, on their way to the other half.
 struct Gathered {
   float sums[kGroups > 1 ? kGroups / 2 : 1][2][kVectors * kVector][kThreads];
 };
@@ -179,8 +180,8 @@ constexpr int kSumsBytes = (sizeof(WarpSums) + 15) / 16 * 16;
 constexpr int kSharedBytes =
     kSumsBytes + (kRingBytes > kGatheredBytes ? kRingBytes : kGatheredBytes);
 
-// `parts`: the sums over the rows that each block or cluster had, (workers, sums, features),
-// where the sums are dscale and dbias, or the one of them that is wanted.
+// `parts` are the sums over the rows of each block or cluster, (workers, sums,
+// features). The sums are dscale and dbias, or only the sum that is wanted.
 NORM_KERNEL norm_backward(const X* x, const Scale* scale, const float* mean,
                           const float* mean_low, const float* rstd, const Dy* dy,
                           const X* dresidual_out, const float* dmean, const float* drstd,
@@ -206,12 +207,12 @@ NORM_KERNEL norm_backward(const X* x, const Scale* scale, const float* mean,
         ring.dresidual_out[stage][group].fetch(place.part_of(dresidual_out, row), t);
       }
     }
-    async_commit();  // also of nothing, since groups are counted
+    async_commit();  // even of nothing, because groups are counted
   };
   long long row = place.first + group;
   UNROLL for (int s = 0; s < kStages - 1; ++s) fetch(row + s * place.step, s);
 
-  // The statistics of a row are on their way while the row before is worked on.
+  // A row's statistics are on their way while the thread works on the row before.
   float next_high = 0.0f, next_low = 0.0f, next_r = 0.0f;
   const auto fetch_statistics = [&](long long of) {
     if (of >= rows) return;
@@ -252,14 +253,14 @@ NORM_KERNEL norm_backward(const X* x, const Scale* scale, const float* mean,
         sums.b = multiply_add(-low, sums.a, sums.b);
         mean_of_g = sums.a * kInvN;
       }
-      // rstd is 0 where squares have overflown, and then these sums may have, too.
+      // rstd is 0 if squares have overflowed; then these sums may have, too.
       along_x_hat = r == 0.0f ? 0.0f : r * sums.b;
       if (kHasDrstd && here) along_x_hat = multiply_add(r, drstd[row], along_x_hat);
       along_x_hat *= kInvN;
       if (kHasDmean && here) shift = dmean[row] * kInvN;
     }
     if (here) {
-      // Read once more, not kept, because registers are what there is least of.
+      // These are read again instead of kept, because registers are scarcest.
       Elements<X> arrived, more, out;
       Elements<Dy> cotangent;
       ring.x[stage][group].read(arrived, t);
@@ -287,7 +288,7 @@ NORM_KERNEL norm_backward(const X* x, const Scale* scale, const float* mean,
   async_wait<0>();
 
   if constexpr (kWithDscale || kWithDbias) {
-    // The groups' sums, in a tree: those of the upper half go to the lower half.
+    // Adds the groups' sums in a tree: the sums of the upper half go to the lower half.
     Gathered& gathered = *reinterpret_cast<Gathered*>(block_memory + kSumsBytes);
     UNROLL for (int n = kGroups; n > 1; n = (n + 1) / 2) {
       const int half = (n + 1) / 2;
@@ -323,7 +324,7 @@ NORM_KERNEL norm_backward(const X* x, const Scale* scale, const float* mean,
 
 #ifdef JLN_SUM_PARTS
 // The sums of norm_backward's parts, (count, sums, features), in a fixed order. A block
-// has 32 columns, and its 8 warps every eighth part.
+// takes 32 columns, and each of its 8 warps takes every eighth part.
 KERNEL(256) norm_sum_parts(const float* parts, float* dscale, float* dbias,
                            long long count) {
   constexpr int columns = (JLN_WITH_DSCALE + JLN_WITH_DBIAS) * JLN_FEATURES;

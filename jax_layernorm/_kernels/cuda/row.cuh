@@ -1,12 +1,12 @@
 // How a block of threads holds the rows it works on, and sums over them.
 //
 // A block works on kGroups rows at a time, each with kThreads threads. If a row is too long
-// for one block, the kCluster blocks of a cluster hold a part each ("part of a row" below;
-// without a cluster that is the row). Thread t holds the elements
+// for one block, each of the kCluster blocks of a cluster holds a part ("part of a row"
+// below; without a cluster, the part is the whole row). Thread t holds the elements
 //     (v * kThreads + t) * kVector + i        for each v < kVectors and i < kVector
-// of its part, so that a warp reads whole lines of memory. Each thread copies its elements of
-// the rows to come into its own places of a ring in shared memory, and so waits for nothing
-// but its own copies.
+// of its part, so that a warp reads whole lines of memory. Each thread copies its
+// elements of the coming rows into its places of a ring in shared memory. No other
+// thread reads them, so a thread waits only for the copies that it began.
 
 #ifndef JAX_LAYERNORM_KERNELS_CUDA_ROW_CUH_
 #define JAX_LAYERNORM_KERNELS_CUDA_ROW_CUH_
@@ -16,7 +16,7 @@ constexpr int kCluster = JLN_CLUSTER;    // blocks that share a row
 constexpr int kThreads = JLN_THREADS;    // of a block, for a part of a row
 constexpr int kGroups = JLN_GROUPS;      // rows of a block at a time
 constexpr int kVector = JLN_VECTOR;      // elements that are moved at once
-constexpr int kStages = JLN_STAGES;      // of the ring: all but one are under way
+constexpr int kStages = JLN_STAGES;      // of the ring; all but one are under way
 
 constexpr int kPart = kFeatures / kCluster;
 constexpr int kBlock = kThreads * kGroups;
@@ -74,7 +74,7 @@ struct Elements {
   }
 };
 
-// A part of a row in the ring. Each thread has its own places.
+// A part of a row in the ring. Each thread has separate places.
 template <class T>
 struct Arriving {
   using Bytes = typename Elements<T>::Bytes;
@@ -94,7 +94,7 @@ struct Arriving {
     UNROLL for (int p = 0; p < kPieces; ++p) to.vectors[v].bytes[p] = bytes[v][p][t];
   }
 
-  // So that elements past the end of a row, which are never fetched, are 0.
+  // Sets the elements past the end of a row, which are never fetched, to 0.
   DEVICE void zero(int t) {
     UNROLL for (int v = 0; v < kVectors; ++v)
     UNROLL for (int p = 0; p < kPieces; ++p) bytes[v][p][t] = Bytes{};
@@ -110,7 +110,8 @@ DEVICE void load_parameter(const T* part, int t, float offset, Values& to) {
 
 struct alignas(8) Two { float a, b; };
 
-// Of each group's warps, all blocks', in each block's memory; two, to be used in turns.
+// The sums of each group's warps in all blocks of a cluster; each block has them in its
+// memory. There are two sets, which are used in turns.
 struct WarpSums { Two of[2][kGroups][kCluster * (kWarps ? kWarps : 1)]; };
 
 DEVICE void sum_lanes(Two& x, int lanes) {
@@ -120,9 +121,9 @@ DEVICE void sum_lanes(Two& x, int lanes) {
   }
 }
 
-// Two sums over a row, the same in each of its threads, in an order that kThreads and
-// kCluster alone decide. `turn` must alternate from one call to the next, because a thread
-// may be one call ahead of another.
+// Two sums over a row. All threads of the row get the same sums, in an order that only
+// kThreads and kCluster decide. `turn` must alternate from one call to the next,
+// because a thread may be one call ahead of another.
 DEVICE Two sum_row(Two x, WarpSums& sums, int turn, int group, int t, int rank) {
   constexpr int parts = kCluster * kWarps;
   sum_lanes(x, kThreads < 32 ? kThreads : 32);
@@ -153,7 +154,7 @@ DEVICE Two sum_row(Two x, WarpSums& sums, int turn, int group, int t, int rank) 
   return x;
 }
 
-// Which rows a thread works on: `first`, the block's, and every `step`th after them.
+// Which rows a thread works on: row `first + group`, and every `step`th row after it.
 struct Place {
   int group = threadIdx.x / kThreads;
   int t = threadIdx.x % kThreads;

@@ -1,14 +1,15 @@
-"""CPUs: a C++ kernel, called through XLA's foreign function interface (FFI).
+"""The CPU kernel, in C++, called through XLA's foreign function interface (FFI).
 
-Why: XLA computes a norm on CPU in several loops with intermediates in memory, in threads
-of its own choosing. `ffi.cc` reads each row from memory once each way, in vectors
-of the processor's widest kind, on the threads of XLA's own pool.
+Why: XLA computes a norm on CPU in several loops with intermediates in memory, and
+chooses the threads itself. `ffi.cc` reads each row from memory once each way, in the
+processor's widest vectors, on the threads of XLA's pool.
 
-Numerics: the formulas of `_equations`, statistics and sums in float32 (float64 for
-float64), sums in several partial sums of fixed order. The results do not depend on the
-number of threads; they may differ by roundings between kinds of processors.
+Numerics: the formulas of `_equations`. Statistics and sums are in float32 (float64 for
+float64). Sums are several partial sums in a fixed order. The results do not depend on
+the number of threads. They may differ by roundings between kinds of processors.
 
-Limits: what `_rows.as_rows` says; not in exported programs, where XLA knows no such call.
+Limits: those of `_rows.as_rows`; no exported programs, because XLA does not know such a
+call there.
 """
 
 from __future__ import annotations
@@ -170,5 +171,5 @@ def _supported_rows(problem: Problem) -> _rows.Rows:
 
 
 def _each(operand: Any, shape: tuple[int, ...]) -> list[Any]:
-    """`operand` in `shape`, where there is one."""
+    """`operand` in `shape`, as a list; an empty list without an operand."""
     return [] if operand is None else [operand.reshape(shape)]

@@ -73,7 +73,7 @@ JLN_INLINE void forward_together(const ForwardRows& a, int64_t row) {
     }
     rstd[k] = static_cast<C>(Wide{1} / std::sqrt(Wide{average(square)} + a.epsilon));
     if constexpr (kCenter) {
-      // Then in a constant row `mean` is the element and `low` is 0.
+      // This makes `mean` the element and `low` 0 in a constant row.
       const C high = mean[k] + low[k];
       low[k] = (mean[k] - high) + low[k];
       mean[k] = high;

@@ -2,9 +2,9 @@
 // and stores that convert between the four dtypes and the dtype of the arithmetic.
 //
 // The vector extensions of GCC and Clang let the same source serve SSE2, AVX2, AVX-512 and
-// NEON. There are intrinsics only where the compilers do not find the instruction.
-// Everything has internal linkage, because the linker must not take a function that was
-// compiled for AVX-512 in place of the same function compiled for the baseline.
+// NEON. Intrinsics appear only if the compilers do not find the instruction. Everything
+// has internal linkage, because the linker must not take a function that was compiled
+// for AVX-512 in place of the same function compiled for the baseline.
 
 #ifndef JAX_LAYERNORM_KERNELS_NATIVE_CPU_SIMD_H_
 #define JAX_LAYERNORM_KERNELS_NATIVE_CPU_SIMD_H_
@@ -71,7 +71,7 @@ JLN_INLINE V all(C value) {
   return value - V{};  // value - 0, so that -0 stays -0
 }
 
-// a * b + c, rounded once where the processor has an instruction for it. The compiler must
+// a * b + c, rounded once if the processor has an instruction for it. The compiler must
 // not choose (-ffp-contract=off), because it could choose differently in two instances of
 // one formula, and then a row's bits would depend on how many rows are taken together.
 template <class V>

@@ -1,19 +1,21 @@
-"""TPU kernels, in Pallas: each array crosses memory once, each way.
+"""The TPU kernels, in Pallas: each array crosses memory once, each way.
 
-Why: alone, 8192x4096 in bfloat16, Flax's norm moves 1.5 times the least bytes forward and
-3.7 times backward on a TPU v5e, and the XLA form 1.5 times forward. Here a block of
-whole rows is in fast memory while its statistics are taken and used: forward reads x
-and writes y, backward reads x and dy and writes dx, with a residual one array more each
-way. RowStatistics are (1, rows) in memory, since (rows, 1) would be padded to 128 lanes.
-`python -m benchmarks.tpu_kernels` counts bytes and scheduled cycles.
+Why: for 8192x4096 in bfloat16 on a TPU v5e, a Flax norm by itself moves 1.5 times the
+least bytes forward and 3.7 times the least bytes backward. The XLA implementation moves
+1.5 times the least bytes forward. Here, a block of whole rows stays in fast memory
+while its statistics are taken and used. Forward reads x and writes y. Backward reads x
+and dy, and writes dx. With a residual, forward also reads the residual and writes the
+sum, and backward also reads the sum's cotangent. RowStatistics are (1, rows) in memory,
+because (rows, 1) would be padded to 128 lanes. `python -m benchmarks.tpu_kernels`
+counts bytes and scheduled cycles.
 
-Numerics: float32, the corrected two-pass formula of `_equations`. Of bfloat16 the low
-word of the mean is not read backward: what bfloat16 can hold of a deviation is larger.
+Numerics: float32, with the corrected two-pass formula of `_equations`. For bfloat16,
+the backward pass ignores the mean's low word; it is below bfloat16 resolution.
 `dscale` and `dbias` are summed in a fixed order.
 
-Limits: bfloat16 and float32; rows of which `_limits.MIN_ROWS` fit into fast memory; one
-row of parameters (under `jax.vmap`, where each example has parameter gradients of its
-own, XLA runs the backward pass). A row whose plain sum overflows, beyond 1e38 / features,
+Limits: bfloat16 and float32; `_limits.MIN_ROWS` rows must fit into fast memory; one row
+of parameters. If `jax.vmap` asks for separate parameter gradients for each example, XLA
+runs the backward pass. A row whose plain sum overflows, beyond 1e38 / features,
 is NaN.
 """
 
@@ -151,7 +153,7 @@ def _supported_rows(problem: Problem) -> Rows:
 
 
 def _whole_arrays(problem: Problem) -> dict[str, Any]:
-    """The operands and results of the shape of `x`, by name; only dtypes matter."""
+    """The operands and results with the shape of `x`, by name; only dtypes matter."""
     x = problem.operands[0]
     if problem.op == _equations.FORWARD:
         whole = {"x": x, "y": problem.static["spec"], "residual": problem.operands[1]}
@@ -168,7 +170,7 @@ def _matrix(array: Any, rows: Rows) -> Any:
 
 
 def _parameter(array: Any, rows: Rows) -> Any:
-    """As float32: it is small, and a kernel reads it once."""
+    """A parameter in float32: it is small, and a kernel reads it once."""
     if array is None:
         return None
     return array.reshape(1, rows.features).astype(jnp.float32)

@@ -22,12 +22,13 @@ from jax_layernorm._kernels.pallas_tpu._blocks import (
 )
 
 STEP = 1 << 17
-"""Elements that are computed on at once: more arrays than forward, fewer elements."""
+"""Elements that are computed on at once: fewer than forward, because of more arrays."""
 TILE_REGISTERS = 64
-"""Registers of float32 that a tile of a wider row has of each array."""
+"""Registers of float32 that each array has in a tile of a wider row."""
 AT_ONCE = 32768
-"""Rows whose statistics are all read at once, where a block has less than 128. A transfer
-for every few blocks, which each has to ask for, costs more cycles than one for all."""
+"""If a block has less than 128 rows, the statistics of up to this many rows are all
+read at once. A transfer for every few blocks, which each block has to ask for, costs
+more cycles than a transfer for all."""
 
 
 class RowSums(NamedTuple):
@@ -133,7 +134,7 @@ def _in_own_blocks(run: Any, refs: Any, *, steps: int, count: int) -> None:
 
 
 def _exists(block: Any, blocks: Blocks, first: Any, n: int, rows: int) -> Any:
-    """Which of `n` rows from `first` of a block are rows of the matrix."""
+    """Which of the `n` rows of a block from `first` on are rows of the matrix."""
     return lax.broadcasted_iota(jnp.int32, (n, 1), 0) < (
         rows - block * blocks.rows - first
     )
@@ -155,7 +156,7 @@ def _backward_kernel(
     steps: int,
     count: int,
 ) -> None:
-    """Rows that fit into registers: straight through."""
+    """For rows that fit into registers: computes straight through."""
     features = x_ref.shape[1]
     inv_n = 1 / features
     gamma = None if scale_ref is None else scale_ref[...] + spec.scale_offset
@@ -181,7 +182,7 @@ def _backward_kernel(
             of_step = _blocks.Diagonals(offset + first, blocks.step)
             statistics = [of_step.read(ref, features) for ref in given]
             if rows % blocks.rows:
-                # Rows past the end hold anything, NaN too: select, do not multiply.
+                # Rows past the end may hold anything, NaN too: select, do not multiply.
                 exists = _exists(block, blocks, first, blocks.step, rows)
                 x, dy, *statistics = (
                     jnp.where(exists, a, 0.0) for a in (x, dy, *statistics)
@@ -198,7 +199,7 @@ def _backward_kernel(
             if dx_ref is None:
                 return
             g = dy if gamma is None else dy * gamma
-            # `inv_n` is a factor of gamma here, for one multiplication less.
+            # `inv_n` is a factor of gamma here, which saves a multiplication.
             dx = g - x_hat * jnp.sum(dy_x_hat * gamma_inv_n, 1, keepdims=True)
             if spec.center and means_of_g is not None:
                 dx = dx - _blocks.product(
@@ -237,7 +238,7 @@ def _wide_kernel(
     steps: int,
     count: int,
 ) -> None:
-    """Rows that do not: two passes over tiles of columns, `g` and `x_hat` in between."""
+    """For wider rows: two passes over tiles of columns, which keep `g` and `x_hat`."""
     inv_n = 1 / x_ref.shape[1]
     tiles = _blocks.tiles(blocks, x_ref.shape[1], TILE_REGISTERS)
     *means, rstd_ref = jax.tree.leaves(sums_ref.given)
@@ -268,7 +269,7 @@ def _wide_kernel(
                     x_hat = x_hat - tiles.spread(ref[here, :])
                 x_hat = x_hat * tiles.spread(rstd_ref[here, :])
                 if rows % blocks.rows:
-                    # Rows past the end hold anything, NaN too.
+                    # Rows past the end may hold anything, even NaN.
                     exists = _exists(block, blocks, row + q, SUBLANES, rows)
                     x_hat, dy = (jnp.where(exists, a, 0.0) for a in (x_hat, dy))
                 g, g_x_hat = dy, dy * x_hat

@@ -1,7 +1,7 @@
 """What the TPU kernels share: blocks of rows, statistics of rows, tiles of columns.
 
-A register holds 8 rows by 128 columns of float32, and there are 64. The rules below are
-one for all chips; the figures they rest on come from the compiler's schedules
+A register holds 8 rows by 128 columns of float32, and there are 64 registers. The rules
+below are the same for all chips. They rest on figures from the compiler's schedules
 (`benchmarks/support/tpu_cycles.py`).
 """
 
@@ -23,26 +23,28 @@ SUBLANES = 8
 CORES = 2
 """Parts of the backward pass that may run side by side: some chips have two cores."""
 BLOCK_BYTES = (4 << 20) // 3
-"""Of one operand: long enough a transfer for full bandwidth, small enough to overlap."""
+"""Of one operand: long enough for full bandwidth, short enough to overlap."""
 UNROLL = 4
-"""Steps of a block that are written out one behind the other, at the most."""
+"""The most steps of a block that are unrolled, one after the other."""
 NARROW = 256
-"""Features up to which a sum along the lanes, for each few registers, costs so much that
-sums as products of matrices are faster, and deviations taken again than a mean read."""
+"""Up to this many features, a sum along the lanes, for each few registers, costs too
+much. Matrix products are then faster than such sums, and taking the deviations again is
+faster than reading a mean."""
 WIDEST_IN_REGISTERS = 2048
-"""Features up to which a row is kept in registers, and not gone through in tiles."""
+"""Up to this many features, a row is kept in registers; longer rows go in tiles."""
 
 
 class Blocks(NamedTuple):
-    """How a matrix is cut.
+    """How a matrix is cut into blocks of rows.
 
     Attributes:
-      rows: of a block.
+      rows: the rows of a block.
       step: rows that are computed on at once; divides `rows`.
-      unroll: steps written out one behind the other.
-      shared: consecutive blocks whose statistics are read or written at once, 128 rows
-        of them or more, which fill a register row; 1 where a block has as many itself.
-      full: rows that a block has where the matrix has enough of them.
+      unroll: how many steps are unrolled, one after the other.
+      shared: how many consecutive blocks have their statistics read or written at once.
+        They have 128 rows or more, which fill a register row. 1 if a block has that
+        many.
+      full: the rows that a block has if the matrix has enough rows.
     """
 
     rows: int
@@ -72,11 +74,11 @@ class Blocks(NamedTuple):
 def blocks(
     rows: int, features: int, itemsizes: Sequence[int], step: int, backward: bool
 ) -> Blocks:
-    """About `BLOCK_BYTES` per operand; a divisor of `rows` where there is one.
+    """Blocks of about `BLOCK_BYTES` per operand, which divide `rows` if possible.
 
     Args:
-      itemsizes: of the operands and results of whole rows.
-      step: elements to compute on at once, at the most.
+      itemsizes: the item sizes of the operands and results with whole rows.
+      step: the most elements to compute on at once.
     """
     width = round_up(features, LANES)
     fit = min(
@@ -85,7 +87,7 @@ def blocks(
     )
     block = full = power_of_two(max(MIN_ROWS, fit))
     while block > LANES and pl.cdiv(rows, block) < 2 * CORES:
-        block //= 2  # two blocks a core at least, for transfers to overlap with work
+        block //= 2  # at least two blocks a core, so that transfers overlap with work
     least = LANES if is_narrow(features) else MIN_ROWS
     block = max(least, min(block, power_of_two(2 * rows - 1)))
     while block > LANES and rows % block and rows % LANES == 0:
@@ -100,7 +102,7 @@ def round_up(n: int, multiple: int) -> int:
 
 
 def power_of_two(n: int) -> int:
-    """The largest one that is not above `n`."""
+    """The largest power of two that is not above `n`."""
     return 1 << (n.bit_length() - 1)
 
 
@@ -113,7 +115,7 @@ def is_wide(features: int) -> bool:
 
 
 def mean_by_product(values: Any) -> Any:
-    """The mean of each row, in every lane of it: `values @ full(1 / features)`.
+    """The mean of each row, in every lane of the row: `values @ full(1 / features)`.
 
     The matrix unit multiplies bfloat16 and adds in float32. Values in float32 are split
     into two words, 16 bits in all; the rest is left out.
@@ -130,7 +132,7 @@ def mean_by_product(values: Any) -> Any:
 def centered_by_product(values: Any) -> Any:
     """The deviations from the mean of each row, in float32: `values @ (1 - 1/features)`.
 
-    Of bfloat16, which holds 1 - 1/128 as it is.
+    For values in bfloat16, which represents 1 - 1/128 exactly.
     """
     features = values.shape[1]
     row = lax.broadcasted_iota(jnp.int32, (features, features), 0)
@@ -140,7 +142,7 @@ def centered_by_product(values: Any) -> Any:
 
 
 def mean_as_diagonals(values: Any) -> Any:
-    """The mean of each row of bfloat16, for whole 128 rows: `values @ full` transposed."""
+    """The means of bfloat16 rows, a multiple of 128: `values @ full`, transposed."""
     rows, features = values.shape
     inv_n = jnp.full((SUBLANES, features), 1 / features, values.dtype)
     along = product(inv_n, values, transposed=True)
@@ -171,15 +173,15 @@ def in_steps(blocks: Blocks, body: Callable[[Any, Any], None]) -> None:
         lax.fori_loop(0, blocks.rows // blocks.step, run, None, unroll=blocks.unroll)
 
 
-# Statistics are arrays (1, rows) in memory: a row after row, where an array (rows, 1)
-# would be padded to 128 lanes. Sums along the lanes have them down the sublanes, the same
-# in all lanes: a register for 8 rows. To be computed on many at once, and to be written,
-# each row keeps one lane: of 128 rows, row r in sublane r % 8 and lane r. Of such a
-# diagonal, the other numbers mean nothing.
+# In memory, statistics are arrays (1, rows), because an array (rows, 1) would be padded
+# to 128 lanes. Sums along the lanes have the rows down the sublanes, with the same
+# value in all lanes: a register for 8 rows. To be computed on many at once, and to be
+# written, each row keeps one lane: of 128 rows, row r is in sublane r % 8 and lane r.
+# The other numbers of such a diagonal mean nothing.
 
 
 class Diagonals:
-    """Where `rows` rows are that begin at row `first` of a span."""
+    """The places of `rows` rows that begin at row `first` of a span."""
 
     def __init__(self, first: Any, rows: int):
         self.rows = rows
@@ -192,7 +194,7 @@ class Diagonals:
         self._row = self._lane - lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
 
     def gather(self, values: Any) -> Any:
-        """(rows, lanes), the same in all lanes, as a diagonal for each 128 rows."""
+        """Turns (rows, lanes), equal in all lanes, into a diagonal per 128 rows."""
         values = jnp.broadcast_to(values[:, :LANES], (self.rows, LANES))
         diagonals = []
         for chunk in range(0, self.rows, LANES):
@@ -204,7 +206,7 @@ class Diagonals:
         return jnp.concatenate(diagonals, 0)
 
     def read(self, ref: Any, lanes: int) -> Any:
-        """Of (1, rows of a span), these rows down the sublanes, the same in all lanes."""
+        """Reads these rows of (1, rows of a span), down the sublanes, in all lanes."""
         columns = []
         for k in range(0, self.rows, LANES):
             start = pl.multiple_of((self._register + k // LANES) * LANES, LANES)
@@ -216,7 +218,7 @@ class Diagonals:
         return jnp.concatenate(columns, 0)
 
     def store(self, diagonals: Any, ref: Any) -> None:
-        """Keeps diagonals in those of a span."""
+        """Stores diagonals in the diagonals of a span."""
         start = pl.multiple_of(self._register * SUBLANES, SUBLANES)
         here = pl.ds(start, diagonals.shape[0])
         if self.rows < LANES:
@@ -226,7 +228,7 @@ class Diagonals:
 
 
 def write_statistics(diagonals_ref: Any, ref: Any) -> None:
-    """The diagonals of a span, as (1, rows)."""
+    """Writes the diagonals of a span as (1, rows)."""
     lane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
     sublane = lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
     mine = (lane & (SUBLANES - 1)) == sublane
@@ -240,8 +242,8 @@ def write_statistics(diagonals_ref: Any, ref: Any) -> None:
 class Tiles(NamedTuple):
     """A block cut into tiles, for rows that do not fit into registers.
 
-    Loops over tiles keep the compiler from holding a whole row between one pass over it
-    and the next, which it would spill.
+    Loops over tiles keep the compiler from holding a whole row from one pass to the
+    next, because it would spill the row.
     """
 
     rows: int
@@ -254,7 +256,7 @@ class Tiles(NamedTuple):
         down, across = self.block_rows // self.rows, self.features // self.columns
 
         def run(i: Any, _: None) -> None:
-            # One loop and not two: the compiler's schedule tells such a one's length.
+            # One loop, not two: the compiler's schedule shows the length of one loop.
             row: Any = 0 if down == 1 else lax.div(i, jnp.int32(across)) * self.rows
             column: Any = (
                 0 if across == 1 else lax.rem(i, jnp.int32(across)) * self.columns
@@ -294,11 +296,11 @@ class Tiles(NamedTuple):
 
 
 def tiles(blocks: Blocks, features: int, registers: int) -> Tiles:
-    """About so many registers a tile, an even number across where `features` allows.
+    """Tiles of about `registers` registers, an even number across if `features` allows.
 
     A register of bfloat16 holds 8 rows by 256 columns. The columns are those of a full
-    block, because they determine the order of a row's sums, which must not depend on how
-    many rows there are.
+    block, because they determine the order of a row's sums, which must not depend on
+    the number of rows.
     """
     across = features // LANES
     most = min(across, max(2, registers * SUBLANES // min(blocks.full, LANES)))
@@ -320,12 +322,12 @@ def call(
 ) -> Any:
     """Runs `kernel`; operands that are None reach it as None.
 
-    The first grid dimension may be shared out to the cores of a chip.
+    The first grid dimension may be divided among the cores of a chip.
     """
     operands = [operand for operand, _ in inputs]
     shapes = [shape for shape, _ in outputs]
     moved = jax.tree.leaves([operands, shapes])
-    # Inside shard_map: results vary over the mesh axes that the operands vary over.
+    # Inside shard_map, results vary over the mesh axes that the operands vary over.
     varying = jax.typeof(operands[0]).manual_axis_type
     shapes = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, manual_axis_type=varying),
@@ -349,5 +351,5 @@ def call(
             bytes_accessed=sum(math.prod(a.shape) * a.dtype.itemsize for a in moved),
         ),
     )
-    with jax.enable_x64(False):  # whose integers would be of 64 bits, which TPUs lack
+    with jax.enable_x64(False):  # x64 integers have 64 bits, which TPUs lack
         return run(*operands)

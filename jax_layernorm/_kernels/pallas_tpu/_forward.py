@@ -26,7 +26,7 @@ from jax_layernorm._kernels.pallas_tpu._blocks import (
 STEP = 1 << 18
 """Elements that are computed on at once."""
 TILE_REGISTERS = 256
-"""Registers of float32 that a tile of a wider row has. None stays in its register."""
+"""Float32 registers that a tile of a wider row has. No value stays in its register."""
 
 
 class RowSums(NamedTuple):
@@ -47,7 +47,7 @@ def forward(
     residual_out_dtype: Any,
     with_statistics: bool,
 ) -> tuple[Any, Any, RowStatistics | None]:
-    """`y`, `residual_out` and, as (1, rows) each, the statistics, of matrices."""
+    """`y`, `residual_out` and the statistics, (1, rows) each, for matrices."""
     rows, features = x.shape
     whole = [(x.dtype, x), (spec.dtype, x)]
     if residual is not None:
@@ -183,7 +183,7 @@ def _wide_kernel(
     blocks: Blocks,
     shared: int,
 ) -> None:
-    """Rows that do not fit into registers: passes over tiles of columns."""
+    """For rows that do not fit into registers: passes over tiles of columns."""
     tiles = _blocks.tiles(blocks, x_ref.shape[1], TILE_REGISTERS)
     features = x_ref.shape[1]
     norm = math.sqrt(features)
@@ -282,10 +282,11 @@ def _wide_kernel(
 
 
 def centered(x: Any, spec: NormSpec) -> tuple[Any, Any, tuple[Any, ...]]:
-    """`x - mean`, in float32; `features / rstd**2`; what the mean is the sum of.
+    """`x - mean` in float32; `features / rstd**2`; the terms whose sum is the mean.
 
-    The last is empty where no row's mean came up. `features` is left to a factor that is
-    there anyway: one multiplication less, where a row is a register or two.
+    The terms are empty if no row's mean was computed. `features` is left to a factor
+    that is there anyway. That saves a multiplication, which matters if a row is a
+    register or two.
     """
     features = x.shape[1]
     stored, x = x, x.astype(jnp.float32)
@@ -297,13 +298,13 @@ def centered(x: Any, spec: NormSpec) -> tuple[Any, Any, tuple[Any, ...]]:
             c = _blocks.centered_by_product(stored)
             return c, _around_the_mean(_sum(c * c), None, features, spec), ()
         rough = _blocks.mean_by_product(stored)
-        if half:  # of so few numbers of 8 bits each, the sum is as good as exact
+        if half:  # so few numbers of 8 bits have a sum that is as good as exact
             c = x - rough
             squares = _around_the_mean(_sum(c * c), None, features, spec)
             return c, squares, (rough,)
     else:
-        # In half precision any number near the mean will do for a first one, since the
-        # second is in float32: the mean of some columns takes fewer operations.
+        # In half precision, any number near the mean will do as the first mean, because
+        # the second is in float32. The mean of some columns takes fewer operations.
         rough = _mean(x[:, :LANES] if half else x)
     c = x - rough
     summed = _sum(c)
@@ -315,7 +316,7 @@ def centered(x: Any, spec: NormSpec) -> tuple[Any, Any, tuple[Any, ...]]:
 def _statistics(
     means: Any, squares: Any, norm: float, diagonals: Diagonals
 ) -> RowStatistics:
-    """As diagonals; the mean in two words, if it is the sum of two."""
+    """The statistics as diagonals; the mean in two words, if it is a sum of two."""
     words: list[Any] = [diagonals.gather(mean) for mean in means]
     if len(words) == 2:
         words = list(_equations._two_sum(*words))
@@ -332,10 +333,10 @@ def _mean(x: Any) -> Any:
 
 
 def _mean_of_sum(summed: Any, features: int) -> Any:
-    """`summed / features`, a mean.
+    """The mean, `summed / features`.
 
-    Exact where all of a row is one small multiple of a unit in the last place: of a
-    constant row's deviations, that is, so that its `y` is the bias.
+    It is exact if all elements of a row are the same small multiple of a unit in the
+    last place. The deviations of a constant row are, so that its `y` is the bias.
     """
     if features & (features - 1):
         return summed / features
@@ -343,9 +344,9 @@ def _mean_of_sum(summed: Any, features: int) -> Any:
 
 
 def _around_the_mean(squares: Any, summed: Any, features: int, spec: NormSpec) -> Any:
-    """`features / rstd**2`, from the sums of `c * c` and, but where it is 0, of `c`.
+    """`features / rstd**2`, from the sums of `c * c` and of `c` (None if that is 0).
 
-    Infinite where the squares overflow.
+    It is infinite if the squares overflow.
     """
     if summed is not None:
         largest = jnp.finfo(jnp.float32).max
@@ -358,7 +359,7 @@ def _around_the_mean(squares: Any, summed: Any, features: int, spec: NormSpec) -
 def _rsqrt_for_half(squares: Any) -> Any:
     """`rsqrt`, to about 1e-5, for `y` in bfloat16.
 
-    Some chips take one operation for a first guess at `rsqrt` and nine to refine it; here
-    all take two, and two multiplications.
+    Some chips take one operation for a first guess at `rsqrt` and nine to refine it.
+    Here, all chips take two operations and two multiplications.
     """
     return lax.exp2(lax.log(squares) * (-0.5 / math.log(2)))

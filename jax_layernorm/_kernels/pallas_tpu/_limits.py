@@ -6,29 +6,30 @@ from collections.abc import Sequence
 
 LANES = 128
 MIN_ROWS = 16
-"""Two rows of bfloat16 share a sublane."""
+"""16, because two rows of bfloat16 share a sublane."""
 VMEM_BYTES = 15 << 20
-"""For all blocks, each twice (one is computed on while the other moves): of 16 MiB."""
+"""For all blocks, out of 16 MiB. Each block has two copies: the kernel computes on one
+while the other moves."""
 PARAMETER_BYTES = 80
-"""For each feature: scale and bias, twice, and eight rows of the gradient of each."""
+"""For each feature: scale and bias, twice, and eight rows of each gradient."""
 WIDEST = 32768
 
 
 def widest(itemsizes: Sequence[int], backward: bool) -> int:
-    """The most features of which a block of `MIN_ROWS` rows fits.
+    """The most features with which a block of `MIN_ROWS` rows fits.
 
-    `itemsizes` are those of the operands and results of whole rows.
+    `itemsizes` are those of the operands and results with whole rows.
     """
     a_column = MIN_ROWS * _element_bytes(itemsizes, backward) + PARAMETER_BYTES
     return min(WIDEST, VMEM_BYTES // a_column // LANES * LANES)
 
 
 def rows_that_fit(features: int, itemsizes: Sequence[int], backward: bool) -> int:
-    """The most rows of a block."""
+    """The most rows that a block can have."""
     a_column = VMEM_BYTES // features - PARAMETER_BYTES
     return a_column // _element_bytes(itemsizes, backward)
 
 
 def _element_bytes(itemsizes: Sequence[int], backward: bool) -> int:
-    """Each operand twice; backward, of wide rows, two arrays of float32 besides."""
+    """Each operand twice; backward, wide rows need two more arrays, of float32."""
     return 2 * sum(itemsizes) + 8 * backward
