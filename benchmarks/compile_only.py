@@ -140,7 +140,7 @@ def main(arguments: list[str] | None = None) -> None:
             results += cases
     columns = ("program", "dtype", "norm", "bytes an element", "over the floor",
                "over flax", "temp MiB", "lower s")  # fmt: skip
-    print(f"{options.shape}")
+    print(f"{options.shape}; lower is better")
     report.print_table(
         columns,
         [[{**c, "temp MiB": c["temp"] / 2**20}.get(key) for key in columns]
@@ -152,7 +152,8 @@ def main(arguments: list[str] | None = None) -> None:
             for name, nbytes in case["kernels"]:
                 print(f"  {nbytes / (options.shape.rows * options.shape.features):8.3f}"
                       f"  {name}")  # fmt: skip
-    report.write_json(options.json, where, results)
+    ours = peers.implementation(platform) if "ours" in norms else None
+    report.write_json(options.json, where, results, ours=ours)
 
 
 if __name__ == "__main__":

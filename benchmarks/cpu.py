@@ -129,7 +129,7 @@ def in_process(options: Any, threads: int) -> list[dict[str, Any]]:
             for program in options.programs:
                 row = {c["norm"]: c for c in cases if c["program"] == program}
                 table.append([str(shape), program, *map(_cell, row.values())])
-        print(f"{dtype}, {threads} threads: ms (over ours)")
+        print(f"{dtype}, {threads} threads: ms (over ours); lower is better")
         report.print_table(("shape", "program", *names), table)
     return results
 
@@ -152,7 +152,7 @@ def print_summary(results: list[dict[str, Any]]) -> None:
         for key, ratios in groups.items()
         if key[-1] != "ours"
     ]
-    print("Over ours: geometric mean over the shapes, and least")
+    print("Over ours: geometric mean over the shapes, and least; lower is better")
     report.print_table(("program", "dtype", "threads", "norm", "mean", "least"), table)
 
 
@@ -186,11 +186,11 @@ def plot(results: list[dict[str, Any]], where: dict[str, Any], path: str) -> Non
         axis.set_title(f"{dtype}, {threads} thread{'s' * (threads > 1)}", fontsize=10)
         axis.set_xticks(range(len(labels)), labels)
     axes[0, 0].legend(ncol=len(names), fontsize=8, loc="upper right")
-    versions = where["versions"]
+    of = where["versions"]
+    versions = ", ".join(f"{n} {of[n]}" for n in ("jax", "flax", "torch") if n in of)
     figure.suptitle(
-        "Forward and backward pass of layer norm on CPU, time relative to jax_layernorm\n"
-        f"{where['device']}; jax {versions['jax']}, flax {versions.get('flax')}, torch"
-        f" {versions.get('torch')}; {where['date']}",
+        "Forward and backward pass of layer norm on CPU, time relative to jax_layernorm;"
+        f" lower is better\n{where['device']}; {versions}; {where['date']}",
         fontsize=10,
     )
     figure.tight_layout()
@@ -223,7 +223,8 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         results = in_children(options.threads, arguments or sys.argv[1:])
     print_summary(results)
-    report.write_json(options.json, where, results)
+    ours = peers.implementation("cpu") if "ours" in options.norms else None
+    report.write_json(options.json, where, results, ours=ours)
     if options.plot:
         plot(results, where, options.plot)
 
@@ -237,7 +238,9 @@ def in_children(threads: list[int], arguments: list[str]) -> list[dict[str, Any]
             os.sched_setaffinity(0, all_cores[:number])  # which the child inherits
             command = [sys.executable, "-m", "benchmarks.cpu", *arguments]
             command += ["--threads", str(number), "--json", path, "--plot", ""]
-            subprocess.run(command, check=True)
+            done = subprocess.run(command, check=False)
+            if done.returncode != 0:
+                sys.exit(done.returncode)  # it has said why
             with open(path) as file:
                 results += json.load(file)["results"]
     os.sched_setaffinity(0, all_cores)

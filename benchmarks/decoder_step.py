@@ -1,17 +1,23 @@
-"""How long a training step of `examples/decoder` takes with each norm, on any device.
+"""Time and memory of a training step of `examples/decoder` with each norm, on any device.
 
 The step is the example's own: AdamW, 16 windows of 128 bytes. "none" is no norm at all;
-the time that is left is not the norm's. The table gives medians over interleaved
-repetitions in ms, and how many times as long as Flax's; lower is better.
+the time that is left is not the norm's. "ours fused" is ours with the sum before each
+norm in the norm, `norm(branch, residual=x)`. The table gives medians over interleaved
+repetitions in ms, how many times as long as Flax's, and the temporary memory of the
+compiled step in MiB; lower is better.
 
     python -m benchmarks.decoder_step --widths 128
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import pathlib
 import sys
-from typing import Any
+import unittest.mock
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +31,8 @@ import training
 
 from benchmarks.support import peers, report, timing
 
-NORMS = ("ours", "xla", "flax", "none")
+FUSED = "ours fused"
+NORMS = ("ours", FUSED, "xla", "flax", "none")
 
 
 class NoNorm(flax.linen.Module):
@@ -41,48 +48,115 @@ class NoNorm(flax.linen.Module):
         return x + 0 * (scale + bias).astype(x.dtype)
 
 
-def step_of(norm: str, width: int) -> Any:
-    """A function that takes one step, and keeps the state."""
-    config = decoder.DecoderConfig(width=width, norm=norm)
-    settings = training.TrainingConfig()
-    state = training.init_state(config, settings)
-    step = training.make_train_step(config, settings)
-    rng = np.random.default_rng(0)
-    shape = (settings.batch, config.context + 1)
-    windows = jnp.asarray(rng.integers(0, 256, shape), jnp.uint8)
+class Terms(NamedTuple):
+    """The residual stream before its last sum, which the next norm computes."""
 
-    def run() -> None:
+    stream: jax.Array
+    branch: jax.Array
+
+
+class NormOfSum(flax.linen.Module):
+    """The norm after the last block: of `Terms`."""
+
+    dtype: Any = None
+
+    @flax.linen.compact
+    def __call__(self, terms: Terms) -> jax.Array:
+        norm = peers.NORMS["ours"].linen(dtype=self.dtype)
+        flax.linen.share_scope(self, norm)
+        return norm(terms.branch, residual=terms.stream)[0]
+
+
+class FusedBlock(flax.linen.Module):
+    """The example's pre-norm block, each of its sums computed by the norm after it."""
+
+    config: decoder.DecoderConfig
+
+    @flax.linen.compact
+    def __call__(self, x: jax.Array | Terms) -> Terms:
+        norm = functools.partial(peers.NORMS["ours"].linen, dtype=self.config.dtype)
+        norm_attention, norm_mlp = norm(name="norm_attention"), norm(name="norm_mlp")
+        attention = decoder.Attention(self.config, name="attention")
+        mlp = decoder.MLP(self.config, name="mlp")
+        if isinstance(x, Terms):
+            y, x = norm_attention(x.branch, residual=x.stream)
+        else:  # the first block
+            y = norm_attention(x)
+        y, x = norm_mlp(attention(y), residual=decoder.residual_stream(x))
+        return Terms(decoder.residual_stream(x), mlp(y))
+
+
+class Step(NamedTuple):
+    """A compiled training step."""
+
+    run: Callable[[], jax.Array]
+    """Takes one step, keeps the state, and returns the loss."""
+    params: Any
+    """Abstract arrays."""
+    temp_bytes: int
+    """Temporary memory."""
+
+
+def step_of(
+    norm: str, config: decoder.DecoderConfig, settings: training.TrainingConfig
+) -> Step:
+    """Of the model with one of `modules`; `config.norm` does not matter."""
+    fused = unittest.mock.patch.object(decoder, "Block", FusedBlock)
+    module = unittest.mock.patch.dict(decoder.NORMS, {config.norm: modules()[norm]})
+    with module, fused if norm == FUSED else contextlib.nullcontext():
+        state = training.init_state(config, settings)
+        rng = np.random.default_rng(0)
+        shape = (settings.batch, config.context + 1)
+        windows = jnp.asarray(rng.integers(0, 256, shape), jnp.uint8)
+        step = training.make_train_step(config, settings)
+        compiled = step.lower(state, windows).compile()
+
+    def run() -> jax.Array:
         nonlocal state
-        state, loss = step(state, windows)
-        jax.block_until_ready((state, loss))
+        state, loss = jax.block_until_ready(compiled(state, windows))
+        return loss
 
-    return run
+    params = jax.eval_shape(lambda: state.params)
+    return Step(run, params, compiled.memory_analysis().temp_size_in_bytes)
+
+
+def modules() -> dict[str, Callable[..., Any]]:
+    """Makers of the norm after the last block, and, unless fused, of all others."""
+    of_peers = {name: peers.NORMS[name].linen for name in peers.LINEN_NORMS}
+    return of_peers | {FUSED: NormOfSum, "none": NoNorm}
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--widths", nargs="+", type=int, default=[128, 256])
-    peers.add_argument(parser, NORMS, (*peers.LINEN_NORMS, "none"))
+    parser.add_argument("--layers", type=int, default=decoder.DecoderConfig.layers)
+    peers.add_argument(parser, NORMS, modules())
     parser.add_argument("--repetitions", type=int, default=31)
     options = parser.parse_args(arguments)
     where = report.environment()
     report.print_environment(where)
-    found = peers.available(options.norms)
-    modules = {name: peer.linen for name, peer in found.items()} | {"none": NoNorm}
-    decoder.NORMS |= modules
-    norms = [name for name in options.norms if name in modules]
+    found = peers.available(["ours" if n == FUSED else n for n in options.norms])
+    known = {*found, "none"} | ({FUSED} if "ours" in found else set())
+    norms = [name for name in options.norms if name in known]
     results = []
     for width in options.widths:
-        run = {norm: step_of(norm, width) for norm in norms}
+        config = decoder.DecoderConfig(layers=options.layers, width=width)
+        steps = {n: step_of(n, config, training.TrainingConfig()) for n in norms}
+        run = {norm: step.run for norm, step in steps.items()}
         seconds = timing.interleaved(run, repetitions=options.repetitions)
         results += [
             {"width": width, "norm": norm, "ms": value * 1e3}
             | {"over flax": value / seconds["flax"] if "flax" in seconds else None}
+            | {"temp MiB": steps[norm].temp_bytes / 2**20}
             for norm, value in seconds.items()
         ]
-    table = [[r["width"], r["norm"], r["ms"], r["over flax"]] for r in results]
-    report.print_table(("width", "norm", "ms", "over flax"), table)
-    report.write_json(options.json, where, results)
+    columns = ("width", "norm", "ms", "over flax", "temp MiB")
+    print(f"A training step of {options.layers} layers; lower is better")
+    report.print_table(columns, [[r[c] for c in columns] for r in results])
+    report.write_json(
+        options.json, where, results, layers=options.layers,
+        ours=peers.implementation() if "ours" in found else None,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -207,6 +207,7 @@ def main(command_line: list[str] | None = None) -> None:
     found = peers.available(set(options.norms) - set(torch_gpu.NORMS))
     names = [name for name in options.norms if name in (*found, "copy")]
     of_torch = measure_torch(options)
+    implementation = peers.implementation() if "ours" in names else None
     results = []
     for dtype in map(jnp.dtype, options.dtypes):
         for shape in options.shapes:
@@ -228,11 +229,12 @@ def main(command_line: list[str] | None = None) -> None:
                 clock = "wall ms" if cases[0]["device ms"] is None else "device ms"
                 ours = next((c[clock] for c in cases if c["norm"] == "ours"), None)
                 header = list(max(cases, key=len))  # the copy has no errors
+                print("GB/s: higher is better; all else: lower is better")
                 report.print_table(
                     (*header, "over ours"),
                     [[*map(c.get, header), ours and c[clock] / ours] for c in cases],
                 )
-                report.write_json(options.json, where, results)
+                report.write_json(options.json, where, results, ours=implementation)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 `NORMS` is the only list, and every command takes its `--norms` from it. A norm whose
 package is not installed, or that cannot run here, is left out and the reason printed.
+On a CPU without its kernel "ours" is XLA's implementation. That is refused, unless
+`--allow-xla` or JAX_LAYERNORM_ALLOW_XLA=1 is given.
 """
 
 from __future__ import annotations
@@ -9,6 +11,8 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
+import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -24,6 +28,7 @@ Norm = Callable[[Params, jax.Array], jax.Array]
 AddNorm = Callable[[Params, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 """`(params, x, residual) -> y, residual + x`."""
 EPSILON = 1e-6
+ALLOW_XLA = "JAX_LAYERNORM_ALLOW_XLA"
 
 
 class Peer(NamedTuple):
@@ -151,10 +156,27 @@ def add_argument(
     parser.add_argument(
         "--norms", nargs="+", default=tuple(default), choices=tuple(choices)
     )
+    add_allow_xla(parser)
+
+
+class _AllowXla(argparse.Action):
+    """Sets the environment variable, which the commands' own processes inherit."""
+
+    def __call__(self, *arguments: Any) -> None:
+        os.environ[ALLOW_XLA] = "1"
+
+
+def add_allow_xla(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-xla", nargs=0, action=_AllowXla,
+        help=f"on a CPU measure ours without its kernel, too; as {ALLOW_XLA}=1",
+    )  # fmt: skip
 
 
 def available(names: Iterable[str], platform: str | None = None) -> dict[str, Peer]:
     """Those of `NORMS` among `names` that can run; prints why another cannot.
+
+    Prints which implementation "ours" is. Ends the program if that is XLA's on a CPU.
 
     Args:
       platform: "cpu", "cuda" or "tpu"; None for that of JAX's default device.
@@ -168,7 +190,36 @@ def available(names: Iterable[str], platform: str | None = None) -> dict[str, Pe
             found[name] = NORMS[name]
         else:
             print(f"{name} left out: {reason}")
+    if "ours" in found:
+        print(f"ours is {implementation(platform)}", flush=True)
     return found
+
+
+def implementation(platform: str | None = None) -> str:
+    """What "ours" runs, by `jax_layernorm.explain`; XLA's on a CPU ends the program."""
+    platform = platform or default_platform()
+    params = jax.eval_shape(lambda: jln.init_params(128))
+    x = jax.ShapeDtypeStruct((8, 128), jnp.float32)
+    choice = jln.explain(params, x)[platform]
+    allowed = os.environ.get(ALLOW_XLA) == "1"
+    if platform == "cpu" and choice.implementation != "native_cpu" and not allowed:
+        sys.exit(
+            f"ours would be {choice.implementation} on this CPU, and not native_cpu,"
+            f" because {choice.reasons['native_cpu']}; install the package into this"
+            f" environment (`{sys.executable} -m pip install --editable .`, with a C++"
+            f" compiler), or pass --allow-xla (or set {ALLOW_XLA}=1) to measure"
+            f" {choice.implementation} as ours."
+        )
+    return str(choice.implementation)
+
+
+def default_platform() -> str:
+    """That of JAX's default device, as `jax_layernorm.explain` calls it."""
+    backend = jax.default_backend()
+    if backend != "gpu":
+        return backend
+    version = jax.devices()[0].client.platform_version
+    return "rocm" if "rocm" in version.lower() else "cuda"
 
 
 def unavailable(name: str, platform: str | None = None) -> str | None:

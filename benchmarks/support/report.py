@@ -14,12 +14,13 @@ from typing import Any
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "tokamax", "equinox", "libtpu")
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
-    """A parser whose help shows the module's docstring, with `--json`."""
+def parser(doc: str, *, json: bool = True) -> argparse.ArgumentParser:
+    """A parser whose help shows the module's docstring, with `--json` or without."""
     made = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--json", metavar="FILE", help="also write the results here")
+    if json:
+        made.add_argument("--json", metavar="FILE", help="also write the results here")
     return made
 
 

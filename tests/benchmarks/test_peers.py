@@ -98,6 +98,7 @@ def test_norms_that_cannot_run_are_left_out_with_the_reason(capsys, monkeypatch)
     monkeypatch.setitem(peers.NORMS, "absent", peers.Peer(None, None, "no_such_module"))
     found = peers.available(("absent", "native_cpu", "ours"), "tpu")
     assert list(found) == ["ours"]
-    absent, native = capsys.readouterr().out.splitlines()
+    absent, native, ours = capsys.readouterr().out.splitlines()
     assert absent.startswith("absent left out: ModuleNotFoundError")
     assert native.startswith("native_cpu left out: implementation='native_cpu'")
+    assert ours == "ours is xla"
