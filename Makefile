@@ -8,7 +8,7 @@ ARGS ?=
 BIN = $(VENV)/bin
 WORKERS ?= auto
 
-.PHONY: help train embed test bench mutants compiled lint types notebooks notebooks-build docs wheel native manylinux clean
+.PHONY: help train embed test bench mutants compiled lint types notebooks notebooks-build docs wheel native manylinux check-release clean
 
 help:
 	@echo "make train      train the decoder-only transformer into OUT=$(OUT), or go on with it"
@@ -24,6 +24,7 @@ help:
 	@echo "                make notebooks-build writes them anew from the .py"
 	@echo "make docs       build the documentation site into build/docs"
 	@echo "make wheel      build the wheel and the sdist into dist/; make manylinux: for others"
+	@echo "make check-release  build what a release uploads, and try it in empty environments"
 	@echo "make native     test the C++ kernel by itself, also under sanitizers"
 
 $(VENV)/bin/python:
@@ -126,6 +127,29 @@ native: $(VENV)/.native
 # A wheel for other machines: of the oldest manylinux that this one's libraries allow.
 manylinux: wheel
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --strip -w dist/manylinux dist/*-linux_*.whl
+
+# The files that a release uploads, dist/*.tar.gz and dist/manylinux/*.whl, each installed
+# into an empty environment of each Python, and tested in a folder without the source.
+PYTHONS ?= python3.11 python3.12 python3.13
+RELEASE = $(abspath build/release)
+check-release:
+	rm -rf dist $(RELEASE)
+	$(MAKE) manylinux
+	mkdir -p $(RELEASE)/away
+	cp -r tests pyproject.toml CITATION.cff CHANGELOG.md $(RELEASE)/away
+	@checked=; for python in $(PYTHONS); do \
+	  $$python -c '' 2> /dev/null || { echo "$$python does not run, and was not checked"; continue; }; \
+	  for file in $(abspath dist)/*.tar.gz $(abspath dist)/manylinux/*.whl; do \
+	    echo "$$($$python --version): $$(basename $$file)"; \
+	    rm -rf $(RELEASE)/venv && $$python -m venv $(RELEASE)/venv && cd $(RELEASE)/away \
+	      && ../venv/bin/python -m pip install --quiet $$file pytest jaxtyping beartype \
+	      && ../venv/bin/python -c 'import jax, jax_layernorm as jln; \
+	        x = jax.ShapeDtypeStruct((8, 128), "float32"); print("jax", jax.__version__, jln.__file__); \
+	        assert jln.explain({}, x)["cpu"].implementation == "native_cpu", jln.explain({}, x)' \
+	      && ../venv/bin/python -m pytest --quiet --durations=0 --durations-min=60 \
+	        tests/core/test_functions.py tests/core/test_release.py || exit 1; \
+	  done; checked="$$checked $$python"; \
+	done; echo "Checked with:$${checked:- no Python at all}"; test -n "$$checked"
 
 clean:
 	rm -rf $(VENV) $(VENV)-compiled build dist .pytest_cache .ruff_cache .hypothesis

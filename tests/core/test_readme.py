@@ -46,7 +46,7 @@ def test_the_python_of_a_page_runs_and_prints_what_it_says(page, needs):
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(compile(block, page, "exec"), namespace)
-        promised = re.findall(r"print\(.*\)  # (.*)", block)
+        promised = re.findall(r"^\s*(?:print\(.*)?\)  # (.*)", block, re.M)
         assert printed.getvalue().splitlines() == promised
 
 
