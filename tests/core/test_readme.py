@@ -18,6 +18,7 @@ ROOT = pathlib.Path(__file__).parents[2]
         ("docs/layer-norm.md", ""),
         ("docs/switching-from-flax.md", ""),
         ("docs/training-and-serving.md", ""),
+        ("docs/guides/functions.md", ""),
         ("docs/guides/modules.md", ""),
         ("docs/guides/masks.md", ""),
         ("docs/guides/adaptive-norm.md", ""),
