@@ -41,8 +41,8 @@ class LayerNorm(nn.LayerNorm):
     It takes the arguments of `flax.linen.LayerNorm`, keeps the same parameters under
     the same names, and returns the same dtype.
 
-    A few details differ. `use_fast_variance` and `force_float32_reductions` have no
-    effect, because statistics are always in float32 or wider, by a formula that is
+    A few details differ. `use_fast_variance` and `force_float32_reductions` change no
+    number, because statistics are always in float32 or wider, by a formula that is
     right even where the fast formula is not. `axis_index_groups` raises. Elements that
     `mask` leaves out are 0 in the output, while Flax normalizes them too. The
     parameters' axes are in the order of `feature_axes`, while Flax sorts them.
