@@ -61,6 +61,13 @@ def _compile_flax_quickly(request):
         request.getfixturevalue("quick_compilation")
 
 
+@pytest.fixture(autouse=True)
+def _allow_benchmarks_without_the_kernel(request, monkeypatch):
+    """They run here too, where the CPU kernel was not compiled; they time nothing."""
+    if request.path.parent.name == "benchmarks":
+        monkeypatch.setenv("JAX_LAYERNORM_ALLOW_XLA", "1")
+
+
 @pytest.fixture
 def quick_compilation():
     """For tests that compile much and time nothing: most of XLA's passes left out."""
