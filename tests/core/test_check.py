@@ -32,7 +32,7 @@ def test_it_compares_and_times_every_implementation_that_runs_here(capsys):
         assert printed.count(f" {norm} ") == len(here - left_out) + 1
     assert f"jax {jax.__version__}" in printed
     assert "WRONG" not in printed
-    assert printed.strip().split("\n")[-1].startswith("Use the default")
+    assert printed.strip().split("\n")[-1].startswith("Use ")  # by times, which vary
 
 
 @pytest.mark.usefixtures("marking_kernel")
