@@ -62,6 +62,10 @@ def norm_of(name: str) -> Callable[..., Any]:
     if name == "torch":
         return norm
     if name == "torch.compile":
+        # The backward pass is timed alone, from one forward pass.
+        import torch._functorch.config as functorch
+
+        functorch.donated_buffer = False
         return torch.compile(norm)
     if name == "liger":
         from liger_kernel.ops.layer_norm import LigerLayerNormFunction
