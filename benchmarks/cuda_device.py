@@ -121,15 +121,15 @@ def times(say: Say, options: Any) -> None:
 
 @contextlib.contextmanager
 def tiles(direction: str, per_thread: int, threads: int, stages: int) -> Iterator[None]:
-    kept = _tiles.PER_THREAD, _tiles.MOST_THREADS, _tiles.STAGES
-    _tiles.PER_THREAD = kept[0] | {direction: per_thread}
-    _tiles.MOST_THREADS = kept[1] | {direction: threads}
+    kept = _tiles.BLOCKS, _tiles.STAGES
+    block = _tiles.Block(per_thread, threads, threads)
+    _tiles.BLOCKS = kept[0] | {direction: (block,)}
     _tiles.STAGES = stages
     jax.clear_caches()
     try:
         yield
     finally:
-        _tiles.PER_THREAD, _tiles.MOST_THREADS, _tiles.STAGES = kept
+        _tiles.BLOCKS, _tiles.STAGES = kept
         jax.clear_caches()
 
 

@@ -88,14 +88,28 @@ class Tile(NamedTuple):
         return self.blocks // self.cluster
 
 
-PER_THREAD = {"forward": 16, "backward": 8}
-"""The most elements of a row that a thread holds. Backward, it also keeps two sums for
-each element."""
-MOST_THREADS = {"forward": 768, "backward": 1024}
-"""The most threads of a block: registers then suffice for 80 and for 64 a thread."""
-NARROW = ((16, 640), (128, 768))
-"""Pairs (threads of a row, most threads of a block): a row with so few threads needs
-more registers for each thread."""
+class Block(NamedTuple):
+    """A way to divide a row among the threads of a block.
+
+    Attributes:
+      per_thread: the most elements of a row that a thread holds.
+      most_threads: the most threads of a block; with fewer, each has more registers.
+      row_threads: the most threads of a row.
+    """
+
+    per_thread: int
+    most_threads: int
+    row_threads: int
+
+
+BLOCKS = {
+    "forward": (Block(16, 512, 256), Block(16, 768, 768), Block(32, 512, 512)),
+    "backward": (Block(8, 640, 16), Block(8, 768, 96), Block(16, 512, 512)),
+}
+"""In the order of preference, as measured on an H200 (`benchmarks.cuda_device sweep`).
+A block of 512 threads is best if two rows fit into it. A longer row is faster in one block,
+with 32 elements a thread, than in a cluster. Backward, a thread also keeps two sums for
+each element, and short rows are faster with fewer elements a thread."""
 CLUSTERS = (1, 2, 4, 8)
 STAGES = 3
 MOST_GROUPS = 15  # each needs a barrier, except rows of one warp or less
@@ -113,14 +127,16 @@ def tile(
     for cluster in CLUSTERS if on.has_clusters else (1,):
         if features % cluster == 0:
             part = features // cluster
-            made = _tile_of_part(direction, rows, part, cluster, read, widest, on)
-            if made is not None:
-                return made
+            for block in BLOCKS[direction]:
+                made = _tile(direction, block, rows, part, cluster, read, widest, on)
+                if made is not None:
+                    return made
     return None
 
 
-def _tile_of_part(
+def _tile(
     direction: str,
+    block: Block,
     rows: int,
     part: int,
     cluster: int,
@@ -130,14 +146,12 @@ def _tile_of_part(
 ) -> Tile | None:
     """The tile if a block has `part` elements of a row; None if it cannot."""
     vector = math.gcd(part, 16 // widest)
-    threads = _threads(part, vector, PER_THREAD[direction])
-    most = MOST_THREADS[direction]
-    if threads > most:
+    threads = _threads(part, vector, block.per_thread)
+    if threads > block.row_threads:
         return None
     groups, whole_warps = 1, max(1, 32 // threads)
     if cluster == 1:
-        most = next((min(most, n) for narrow, n in NARROW if threads <= narrow), most)
-        groups = max(1, most // threads)
+        groups = block.most_threads // threads
         if threads > 32:
             groups = min(groups, MOST_GROUPS)
         # If there are few rows, take fewer groups, so that all multiprocessors work.

@@ -75,6 +75,8 @@ NORM_KERNEL norm_forward(const X* x, const Residual* residual, const Scale* scal
   long long row = place.first + group;
   UNROLL for (int s = 0; s < kStages - 1; ++s) fetch(row + s * place.step, s);
 
+  // No block may store into one that has not begun.
+  if constexpr (kCluster > 1) cluster_barrier();
   Values gamma, beta;
   if constexpr (kHasScale) {
     load_parameter(place.part_of(scale, 0), t, JLN_SCALE_OFFSET, gamma);
@@ -223,6 +225,8 @@ NORM_KERNEL norm_backward(const X* x, const Scale* scale, const float* mean,
     next_r = rstd[of];
   };
   fetch_statistics(row);
+  // No block may store into one that has not begun.
+  if constexpr (kCluster > 1) cluster_barrier();
   if constexpr (kHasScale) {
     load_parameter(place.part_of(scale, 0), t, JLN_SCALE_OFFSET, gamma);
   }

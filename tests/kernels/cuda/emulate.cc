@@ -23,7 +23,7 @@ struct Copy { void* to; const void* from; int bytes; };
 struct Thread {
   ucontext_t context;
   int thread, block;
-  bool done;
+  bool begun, done;
   std::vector<std::vector<Copy>> groups;  // the last is not committed yet
 };
 
@@ -88,6 +88,7 @@ void meet(Barrier& barrier, int count) {
 }
 
 void body() {
+  state.now->begun = true;
   state.kernel(state.parameters);
   state.now->done = true;
   state.progress++;
@@ -175,7 +176,7 @@ std::string run_all(const Launch& launch) {
       Thread& thread = state.threads[i];
       thread.thread = i % threads;
       thread.block = i / threads;
-      thread.done = false;
+      thread.begun = thread.done = false;
       thread.groups.assign(1, {});
       getcontext(&thread.context);
       thread.context.uc_stack.ss_sp = static_cast<char*>(stacks) + kStack * i;
@@ -194,8 +195,15 @@ std::string run_all(const Launch& launch) {
 Index thread_index() { return {state.now->thread}; }
 Index block_index() { return {state.first_block + state.now->block}; }
 Index grid_size() { return {state.grid}; }
-char* memory(int block) { return state.blocks[block].memory.data(); }
-char* memory() { return memory(state.now->block); }
+char* memory(int block) {
+  for (const Thread& thread : state.threads) {
+    if (thread.block == block && !thread.begun) {
+      state.wrong = "an access of a block that has not begun";
+    }
+  }
+  return state.blocks[block].memory.data();
+}
+char* memory() { return state.blocks[state.now->block].memory.data(); }
 
 float exchange(float x, int lanes) {
   Block& own = block();

@@ -4,7 +4,8 @@
 // It is strict where a GPU may be lenient: an asynchronous copy spoils its target when it
 // begins and copies when it is waited for; shared memory begins as NaN; warps run in an
 // order that a seed decides, each as far as it gets; a barrier or shuffle at which not all
-// threads arrive is an error, and so is an access of a row outside of the arrays.
+// threads arrive is an error, and so is an access of a row outside of the arrays, or of the
+// memory of a block that has not begun.
 
 #ifndef JAX_LAYERNORM_TESTS_KERNELS_CUDA_EMULATE_H_
 #define JAX_LAYERNORM_TESTS_KERNELS_CUDA_EMULATE_H_
