@@ -11,6 +11,9 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from jax_layernorm import _equations
 from jax_layernorm._kernel_op import Problem
 
@@ -62,6 +65,19 @@ def as_rows(problem: Problem) -> Rows:
     groups = [None if s is None else _groups(s, x.shape, len(axes)) for s in shapes]
     first = x.ndim - len(axes)
     return Rows(math.prod(x.shape[:first]), math.prod(x.shape[first:]), *groups)
+
+
+def sum_dtype(x: Any, residual: Any) -> Any:
+    """The dtype of what is normalized: that of `x`, or of the sum with a residual."""
+    if residual is None:
+        return x.dtype
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(x.dtype, residual.dtype)
+
+
+def statistics_shape(x: Any, axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the statistics: normalized axes have length 1."""
+    return tuple(1 if i - x.ndim in axes else n for i, n in enumerate(x.shape))
 
 
 def _shape(operand: Any) -> tuple[int, ...] | None:

@@ -15,6 +15,7 @@ import corpus
 import jax
 import numpy as np
 import pytest
+import quick
 import train
 from mesh import Devices, Mesh, MeshShape
 from model import DecoderConfig
@@ -120,14 +121,7 @@ def free_port():
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """`start(count, *arguments)`: so many processes of the example, of one run."""
-    folder = tmp_path_factory.mktemp("processes")
-    quick = {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
+    environment = quick.environment(tmp_path_factory.mktemp("compiled"))
     started = []
 
     def run(count, *arguments):
@@ -138,14 +132,14 @@ def start(tmp_path_factory):
                 [sys.executable, train.__file__, *TINY, *map(str, arguments)]
                 + ([*common, "--process-id", str(i)] if count > 1 else []),
                 stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                env=os.environ | quick,
+                env=environment,
             )
             for i in range(count)
         ]  # fmt: skip
         started.extend(processes)
         return processes
 
-    run.environment = quick
+    run.environment = environment
     yield run
     for process in started:
         process.kill()
@@ -225,7 +219,7 @@ def test_the_launch_file_for_slurm(start, right, tmp_path):
     slurm |= {"PATH": f"{srun.parent}:{os.environ['PATH']}", "PYTHON": sys.executable}
     done = subprocess.run(
         ["bash", "examples/decoder/slurm.sh", *TINY, *MESH],
-        cwd=ROOT, env=os.environ | start.environment | slurm, text=True,
+        cwd=ROOT, env=start.environment | slurm, text=True,
         capture_output=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

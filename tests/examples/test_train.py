@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import quick
 import run_folder
 import train
 import train_server
@@ -49,19 +50,13 @@ class Program:
 def start(tmp_path_factory):
     """A function that starts the program; what one run compiled, the next ones load."""
     folder = tmp_path_factory.mktemp("runs")
-    quick = {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
     with subprocess.Popen(
         [sys.executable, "-W", "error", train_server.__file__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         bufsize=1,
-        env=os.environ | quick | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        env=quick.environment(folder / "compiled"),
     ) as server:
         yield lambda *given: Program(server, folder / "printed", *given)
         server.stdin.close()

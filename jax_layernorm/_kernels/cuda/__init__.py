@@ -95,7 +95,7 @@ def forward(problem: Problem) -> Callable[..., ForwardOutputs]:
     ) -> ForwardOutputs:
         del mask
         scale, bias = _parameter(scale), _parameter(bias)
-        sum_dtype = _sum_dtype(x, residual)
+        sum_dtype = _rows.sum_dtype(x, residual)
         macros = _macros(
             "FORWARD", rows.features, tile,
             {"X": x, "RESIDUAL": residual, "RESIDUAL_OUT": sum_dtype, "SCALE": scale}
@@ -121,7 +121,7 @@ def forward(problem: Problem) -> Callable[..., ForwardOutputs]:
         out = call(launch, operands, results)
         statistics = None
         if with_statistics:
-            kept = [1 if i - x.ndim in spec.axes else n for i, n in enumerate(x.shape)]
+            kept = _rows.statistics_shape(x, spec.axes)
             statistics = RowStatistics(
                 *(_reshaped(out.get(name), kept) for name in RowStatistics._fields)
             )
@@ -297,18 +297,11 @@ def _whole_arrays(problem: Problem) -> tuple[dict[str, Any], dict[str, Any]]:
         read = {"x": x, "residual": residual}
         written = {"y": problem.static["spec"].dtype}
         if residual is not None:
-            written["the sum"] = _sum_dtype(x, residual)
+            written["the sum"] = _rows.sum_dtype(x, residual)
     else:
         read = {"x": x, "dy": problem.operands[4], "dresidual_out": problem.operands[5]}
         written = {"dx": x.dtype}
     return {name: a.dtype for name, a in read.items() if a is not None}, written
-
-
-def _sum_dtype(x: Any, residual: Any) -> Any:
-    if residual is None:
-        return x.dtype
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.promote_types(x.dtype, residual.dtype)
 
 
 def _macros(

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jax_layernorm import _equations
@@ -54,10 +53,7 @@ def forward(problem: Problem) -> Callable[..., ForwardOutputs]:
         with_statistics: bool,
     ) -> ForwardOutputs:
         del mask
-        normalized = x.dtype
-        if residual is not None:
-            with jax.numpy_dtype_promotion("standard"):
-                normalized = jnp.promote_types(x.dtype, residual.dtype)
+        normalized = _rows.sum_dtype(x, residual)
         compute = _equations.compute_dtype(normalized)
         numbers = with_statistics * (3 if spec.center else 1)
         results = [
@@ -84,7 +80,7 @@ def forward(problem: Problem) -> Callable[..., ForwardOutputs]:
         residual_out = None if residual is None else rest.pop(0).reshape(x.shape)
         statistics = None
         if with_statistics:
-            kept = [1 if i - x.ndim in spec.axes else n for i, n in enumerate(x.shape)]
+            kept = _rows.statistics_shape(x, spec.axes)
             *mean, rstd = (statistic.reshape(kept) for statistic in rest)
             high, low = mean if spec.center else (None, None)
             statistics = RowStatistics(high, low, rstd)

@@ -30,7 +30,12 @@ import jax.numpy as jnp
 from jax_layernorm import _equations
 from jax_layernorm._equations import RowStatistics
 from jax_layernorm._kernel_op import Problem
-from jax_layernorm._kernels._rows import Rows, as_rows
+from jax_layernorm._kernels._rows import (
+    Rows,
+    as_rows,
+    statistics_shape,
+    sum_dtype,
+)
 from jax_layernorm._kernels.pallas_tpu import _limits
 
 platforms = ("tpu",)
@@ -62,20 +67,17 @@ def forward(problem: Problem) -> Callable[..., _equations.ForwardOutputs]:
             _forward,
         )  # not before it is needed
 
-        residual_out_dtype = x.dtype
-        if residual is not None:
-            residual_out_dtype = jnp.promote_types(x.dtype, residual.dtype)
         y, residual_out, statistics = _forward.forward(
             _matrix(x, rows),
             _matrix(residual, rows),
             _parameter(scale, rows),
             _parameter(bias, rows),
             spec=spec,
-            residual_out_dtype=residual_out_dtype,
+            residual_out_dtype=sum_dtype(x, residual),
             with_statistics=with_statistics,
         )
         if statistics is not None:
-            kept = (*x.shape[: x.ndim - len(spec.axes)], *[1] * len(spec.axes))
+            kept = statistics_shape(x, spec.axes)
             if spec.center and statistics.mean_low is None:
                 zeros = jnp.zeros_like(statistics.rstd)
                 statistics = statistics._replace(mean_low=zeros)
