@@ -38,6 +38,10 @@ worse than with E[x^2] - E[x]^2. m + d is kept, in two words as before.
 Elements that a mask leaves out are 0 in c, x_hat, y and every sum, and N does not count
 them.
 
+With `round_before_scale`, x_hat is rounded to x's dtype, and gamma, the product and the
+sum are each rounded as JAX's dtype promotion would round them. The backward pass takes
+dscale from the rounded x_hat, and a rounding has the derivative 1.
+
 For the cotangents dy, dmean and drstd of y, mean and rstd, with g = dy * gamma:
 
     dbias  = sum of dy over the rows
@@ -64,6 +68,7 @@ References:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -96,6 +101,7 @@ class NormSpec:
       scale_offset: added to `scale`.
       dtype: the dtype of `y`.
       axis_names: mapped axes over which the normalized axes are split.
+      round_before_scale: round `x_hat` to the dtype of `x`, then each result after it.
       return_statistics: whether the caller wants `mean` and `rstd` as well.
       implementation: a name in `KERNELS`, or None for the best that can run.
     """
@@ -106,6 +112,7 @@ class NormSpec:
     scale_offset: float
     dtype: jnp.dtype
     axis_names: tuple[str, ...] = ()
+    round_before_scale: bool = False
     return_statistics: bool = False
     implementation: str | None = None
 
@@ -201,10 +208,12 @@ def forward(
         variance = square * (1 / _at_least_one(count))
     rstd = lax.rsqrt(variance + spec.epsilon)
     y = c * rstd
+    x_hat_dtype, product_dtype, sum_dtype = _rounding(x, scale, bias, spec)
+    y = _rounded(y, x_hat_dtype)
     if scale is not None:
-        y = y * _gamma(scale, spec, like=y)
+        y = _rounded(y * _gamma(scale, spec, like=y), product_dtype)
     if bias is not None:
-        y = y + _broadcastable(bias.astype(compute), y.ndim)
+        y = _rounded(y + _broadcastable(bias.astype(compute), y.ndim), sum_dtype)
     statistics = RowStatistics(mean, mean_low, rstd) if with_statistics else None
     return ForwardOutputs(keep(y).astype(spec.dtype), residual_out, statistics)
 
@@ -251,6 +260,8 @@ def backward(
         dx = dx.astype(x.dtype)
     dscale = dbias = None
     if scale_shape is not None:
+        if spec.round_before_scale:
+            x_hat = _rounded(x_hat, x.dtype)
         dscale = _sum_to_shape(dy * x_hat, scale_shape, sum_rows)
     if bias_shape is not None:
         dbias = _sum_to_shape(dy, bias_shape, sum_rows)
@@ -472,14 +483,46 @@ def _add(
     XLA may keep a float32 intermediate where the program says bfloat16; the
     explicit rounding makes the norm see the same sum that the caller gets.
     """
-    with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.promote_types(residual.dtype, x.dtype)
+    dtype = promoted_dtype(residual.dtype, x.dtype)
     compute = compute_dtype(dtype)
     residual_out = residual.astype(compute) + x.astype(compute)
-    if dtype != compute:
-        info = jnp.finfo(dtype)
-        residual_out = lax.reduce_precision(residual_out, info.nexp, info.nmant)
-    return residual_out.astype(dtype)
+    return _rounded(residual_out, dtype).astype(dtype)
+
+
+def promoted_dtype(*dtypes: jnp.dtype) -> jnp.dtype:
+    """The dtype in which JAX adds or multiplies, also where promotion is strict."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes)
+
+
+def _rounding(
+    x: Float[Array, "*shape"],
+    scale: Float[Array, ...] | None,
+    bias: Float[Array, ...] | None,
+    spec: NormSpec,
+) -> tuple[jnp.dtype | None, ...]:
+    """The dtypes to which `x_hat`, its product and the sum are rounded, or None."""
+    if not spec.round_before_scale:
+        return None, None, None
+    product = x.dtype if scale is None else promoted_dtype(x.dtype, scale.dtype)
+    return (
+        x.dtype,
+        product,
+        bias if bias is None else promoted_dtype(product, bias.dtype),
+    )
+
+
+def _rounded(x: Float[Array, "*shape"], dtype: jnp.dtype | None) -> Array:
+    """`x`, rounded to `dtype`, in its own dtype; XLA may drop a cast there and back."""
+    if dtype is None or jnp.finfo(dtype).bits >= jnp.finfo(x.dtype).bits:
+        return x
+    info = jnp.finfo(dtype)
+    rounded = lax.reduce_precision(x, info.nexp, info.nmant)
+    if info.nexp == jnp.finfo(x.dtype).nexp:
+        return rounded
+    # Denormal numbers of `dtype`, which `reduce_precision` would make 0.
+    denormal = x.astype(dtype).astype(x.dtype)
+    return jnp.where(jnp.abs(x) < float(info.tiny), denormal, rounded)
 
 
 def _gamma(
@@ -488,6 +531,8 @@ def _gamma(
     gamma = scale.astype(like.dtype)
     if spec.scale_offset:
         gamma = gamma + spec.scale_offset
+        if spec.round_before_scale:
+            gamma = _rounded(gamma, scale.dtype)
     return _broadcastable(gamma, like.ndim)
 
 

@@ -28,6 +28,7 @@ class Options(TypedDict, total=False):
     dtype: DTypeLike | None
     mask: ArrayLike | None
     axis_name: str | tuple[str, ...] | None
+    round_before_scale: bool
     custom_vjp: bool
     implementation: Implementation | None
 
@@ -59,6 +60,7 @@ def layer_norm(
     mask: ArrayLike | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     return_statistics: bool = False,
+    round_before_scale: bool = False,
     custom_vjp: bool = True,
     implementation: Implementation | None = None,
 ) -> Any:
@@ -95,6 +97,11 @@ def layer_norm(
       axis_name: the mapped axis or axes (of `jax.vmap` or `jax.shard_map`) over which
         the normalized axes are split. The statistics are combined across them.
       return_statistics: also return `Statistics(mean, rstd)`, which are differentiable.
+      round_before_scale: round `x_hat`, which is `(x - mean) * rstd`, to `x.dtype`, and
+        compute `x_hat * (scale_offset + scale) + bias` from it as JAX would, rounding
+        each result to its promoted dtype. That gives the bits of Llama, and of other
+        models that cast before the scale, in bfloat16 and float16. The default rounds
+        once, at the end.
       custom_vjp: use the hand-written backward pass. False lets JAX differentiate the
         same equations. Forward mode needs that (`jvp`, `jacfwd`, `linearize`, `jet`);
         in reverse mode it costs more memory.
@@ -133,6 +140,7 @@ def layer_norm(
         "mask": mask,
         "axis_name": axis_name,
         "return_statistics": return_statistics,
+        "round_before_scale": round_before_scale,
         "custom_vjp": custom_vjp,
         "implementation": implementation,
     }
@@ -351,6 +359,9 @@ def _norm(
         scale_offset=_arguments.check_scale_offset(given["scale_offset"]),
         dtype=_arguments.check_dtype(given["dtype"], x),
         axis_names=_arguments.check_axis_name(given["axis_name"]),
+        round_before_scale=_arguments.check_flag(
+            "round_before_scale", given["round_before_scale"]
+        ),
         return_statistics=_arguments.check_flag(
             "return_statistics", given["return_statistics"]
         ),

@@ -11,9 +11,6 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-
 from jax_layernorm import _equations
 from jax_layernorm._kernel_op import Problem
 
@@ -71,8 +68,7 @@ def sum_dtype(x: Any, residual: Any) -> Any:
     """The dtype of what is normalized: that of `x`, or of the sum with a residual."""
     if residual is None:
         return x.dtype
-    with jax.numpy_dtype_promotion("standard"):
-        return jnp.promote_types(x.dtype, residual.dtype)
+    return _equations.promoted_dtype(x.dtype, residual.dtype)
 
 
 def statistics_shape(x: Any, axes: tuple[int, ...]) -> tuple[int, ...]:
