@@ -21,21 +21,24 @@ Axes = int | Sequence[int]
 
 @dataclasses.dataclass
 class Report:
-    """Which of a model's Flax norms this package computes, and which it leaves to Flax.
+    """Which of a model's norms this package computes, and which it leaves as they are.
 
     Attributes:
       replaced: the norms that this package computes, as path: name of the class.
-      left: the norms, or calls of norms, that are left to Flax, as path: reason.
+      left: the norms, or calls of norms, that stay as they are, as path: reason. Modules
+        of other classes are listed if they look like a norm: by their names, or by a
+        vector called scale, weight or gamma and no submodules.
     """
 
     replaced: dict[str, str] = dataclasses.field(default_factory=dict)
     left: dict[str, str] = dataclasses.field(default_factory=dict)
+    _none: str = dataclasses.field(default="no norms", repr=False, compare=False)
 
     def __str__(self) -> str:
         """One line for each norm."""
         lines = [f"replaced  {path}: {kind}" for path, kind in self.replaced.items()]
         lines += [f"left      {path}: {reason}" for path, reason in self.left.items()]
-        return "\n".join(lines) or "no norms"
+        return "\n".join(lines) or self._none
 
 
 def apply_norm(

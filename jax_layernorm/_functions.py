@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
@@ -31,6 +32,17 @@ class Options(TypedDict, total=False):
     round_before_scale: bool
     custom_vjp: bool
     implementation: Implementation | None
+
+
+class Overrides(NamedTuple):
+    """Arguments for calls that leave them at their defaults."""
+
+    implementation: Implementation | None
+    custom_vjp: bool
+
+
+overriding = jax.make_user_context(None)
+"""Holds `Overrides` while a `replace` lets a model's own norm be computed."""
 
 
 @overload
@@ -346,6 +358,11 @@ def _norm(
             f" {unknown[0]!r}. Check the spelling."
         )
     given = _DEFAULTS | options
+    overrides: Overrides | None = overriding.value
+    if overrides is not None:
+        given["custom_vjp"] = given["custom_vjp"] and overrides.custom_vjp
+        if given["implementation"] is None:
+            given["implementation"] = overrides.implementation
     params, x, *added = arrays
     x = _arguments.check_x(x)
     residual = _arguments.check_residual(added[0], x) if added else None

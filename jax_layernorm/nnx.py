@@ -6,11 +6,12 @@ the parameters and the dtype rules are Flax's.
 
 from __future__ import annotations
 
+import copy
 import copyreg
 import functools
 import inspect
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -18,7 +19,7 @@ from flax.nnx.nn import dtypes
 from jax import Array
 from jax.typing import ArrayLike
 
-from jax_layernorm import _arguments
+from jax_layernorm import _arguments, _own_norms
 from jax_layernorm._arguments import Implementation
 from jax_layernorm._flax import Report, apply_norm, flax_axes, left_to_flax
 
@@ -174,6 +175,7 @@ class RMSNorm(nnx.RMSNorm):
 def replace(
     model: Model,
     *,
+    also: Mapping[type, Callable[..., Any]] | None = None,
     implementation: Implementation | None = None,
     custom_vjp: bool = True,
 ) -> Model:
@@ -182,12 +184,13 @@ def replace(
     Each `flax.nnx.LayerNorm` and `flax.nnx.RMSNorm` stays the same object, wherever it
     is shared, and keeps its parameters, attributes, names and checkpoints. Only its
     class changes, to `jax_layernorm.nnx.LayerNorm` or `RMSNorm`. Only speed, memory and
-    accuracy change with it.
+    accuracy change with it. A subclass whose `__call__` calls `super().__call__` keeps
+    its code and gets our norm there.
 
     Anything that would change behavior is left to Flax: norms with `axis_index_groups`,
-    subclasses that override `__call__`, calls with a mask, and calls with dtypes that
-    this package refuses (complex, float8). `report(model)` says which norms are
-    replaced.
+    subclasses whose `__call__` does not call that of Flax, calls with a mask, and calls
+    with dtypes that this package refuses (complex, float8). `report(model)` says which
+    norms are replaced.
 
     This replaces the norms that `nnx.iter_graph` reaches. If a jitted function closes
     over the model instead of taking it as an argument, the function keeps what it
@@ -198,6 +201,12 @@ def replace(
         `nnx.eval_shape`. Call this outside NNX's transformations, or inside the
         transformation that makes the model, because `nnx.jit` does not carry a change
         of class back out.
+      also: the model's own norm classes, each with a function `compute(norm, x, ...)`
+        that returns what the class's `__call__` would, by way of this package's
+        functions. It applies to these classes and to subclasses that keep `__call__`.
+        A norm then gets a subclass of its class that has the same name and calls
+        `compute`. A pickle of it holds the model's class, so replace again after
+        loading.
       implementation: a name as for `layer_norm`, or None for the best implementation
         that can run. A norm that the named implementation cannot run raises when it is
         called.
@@ -211,7 +220,8 @@ def replace(
       `model`.
 
     Raises:
-      TypeError: `model` holds no module, or `custom_vjp` is not True or False.
+      TypeError: `model` holds no module, `custom_vjp` is not True or False, or `also`
+        does not map module classes to functions.
       ValueError: `implementation` is unknown, or does not support `custom_vjp=False`.
 
     Example:
@@ -225,19 +235,33 @@ def replace(
     """
     custom_vjp = _arguments.check_flag("custom_vjp", custom_vjp)
     _arguments.check_implementation(implementation, custom_vjp=custom_vjp)
-    for _, norm in [*_norms(model)]:
-        if not isinstance(norm, LayerNorm | RMSNorm) and _left(norm) is None:
-            norm.scale_offset = 0.0
-            norm._replaced = True
-            object.__setattr__(norm, "__class__", _ours(type(norm)))
-        if getattr(norm, "_replaced", False):
-            norm.implementation = implementation
-            norm.custom_vjp = custom_vjp
+    fix = "Pass subclasses of flax.nnx.Module; for linen there is linen.replace."
+    also = _own_norms.check_also(also, (nnx.Module,), fix)
+    for _, module in _modules(model):
+        kind, compute = _before(module)
+        compute = _compute_of(kind, also) or compute
+        if compute is not None:
+            made = _computed(kind, compute, implementation, custom_vjp)
+            object.__setattr__(module, "__class__", made)
+        elif isinstance(module, nnx.LayerNorm | nnx.RMSNorm):
+            _replace_flaxs(module, implementation, custom_vjp)
     return model
 
 
+def _replace_flaxs(
+    norm: Any, implementation: Implementation | None, custom_vjp: bool
+) -> None:
+    if not isinstance(norm, LayerNorm | RMSNorm) and _left(norm) is None:
+        norm.scale_offset = 0.0
+        norm._replaced = True
+        object.__setattr__(norm, "__class__", _ours(type(norm)))
+    if getattr(norm, "_replaced", False):
+        norm.implementation = implementation
+        norm.custom_vjp = custom_vjp
+
+
 def report(model: Any) -> Report:
-    """Reports which norms this package computes, which are left to Flax, and why.
+    """Reports which norms this package computes, which it leaves as they are, and why.
 
     Args:
       model: a `flax.nnx` module or a pytree of modules, before or after `replace`.
@@ -257,16 +281,43 @@ def report(model: Any) -> Report:
       left      RMSNorm: replace() would replace it
     """
     found = Report()
-    for path, norm in _norms(model):
+    for path, norm, left in norms_of(model):
         name = "/".join(map(str, path)) or type(norm).__name__
-        if isinstance(norm, LayerNorm | RMSNorm):
+        if left is None:
             found.replaced[name] = type(norm).__name__
         else:
-            found.left[name] = _left(norm) or "replace() would replace it"
+            found.left[name] = left
     return found
 
 
-def _norms(model: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
+class Found(NamedTuple):
+    """A norm in a model. `left` is None if this package computes it."""
+
+    path: tuple[Any, ...]
+    norm: nnx.Module
+    left: str | None
+
+
+def norms_of(model: Any) -> Iterator[Found]:
+    """Finds the norms of a model, and what looks like a norm. Not public."""
+    for path, module in _modules(model):
+        if _before(module).compute is not None or isinstance(
+            module, LayerNorm | RMSNorm
+        ):
+            yield Found(path, module, None)
+        elif isinstance(module, nnx.LayerNorm | nnx.RMSNorm):
+            yield Found(path, module, _left(module) or "replace() would replace it")
+        elif isinstance(module, nnx.bridge.ToNNX):
+            reason = (
+                "a linen model; call it within `with jax_layernorm.linen.replace():`"
+            )
+            yield Found(path, module, reason)
+        elif _looks_like_a_norm(module):
+            name = type(module).__qualname__
+            yield Found(path, module, _own_norms.ITS_OWN_CLASS.format(name=name))
+
+
+def _modules(model: Any) -> list[tuple[tuple[Any, ...], Any]]:
     modules = [
         (path, node)
         for path, node in nnx.iter_graph(model, graph=True)
@@ -279,18 +330,97 @@ def _norms(model: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
             " its state first, with nnx.merge; for linen there is"
             " jax_layernorm.linen.replace."
         )
-    for path, node in modules:
-        if isinstance(node, nnx.LayerNorm | nnx.RMSNorm):
-            yield path, node
+    return modules
+
+
+def _looks_like_a_norm(module: nnx.Module) -> bool:
+    inside = [node for _, node in nnx.iter_graph(module, graph=True)]
+    params = {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, nnx.Param)
+    }
+    has_modules = sum(isinstance(node, nnx.Module) for node in inside) > 1
+    return _own_norms.looks_like_a_norm(type(module), params, has_modules=has_modules)
 
 
 def _left(norm: nnx.LayerNorm | nnx.RMSNorm) -> str | None:
     """Why `replace` must not touch the norm; None if it may."""
-    if type(norm).__call__ is not _flaxs(type(norm)).__call__:
-        return f"{type(norm).__qualname__} overrides __call__"
+    kind = type(norm)
+    if not _own_norms.calls_super(kind, _flaxs(kind)):
+        return (
+            f"{kind.__qualname__}.__call__ does not call super().__call__; pass"
+            f" also={{{kind.__name__}: compute}} to replace()"
+        )
     if norm.axis_index_groups is not None:
         return "axis_index_groups is given"
     return None
+
+
+class _Before(NamedTuple):
+    """The class that a module had before `replace`, and what computes it now, if any."""
+
+    kind: type
+    compute: _own_norms.Compute | None = None
+
+
+_computed_classes: dict[type, _Before] = {}
+
+
+def _before(module: nnx.Module) -> _Before:
+    kind = type(module)
+    if kind in _computed_classes:
+        return _computed_classes[kind]
+    if getattr(module, "_replaced", False):
+        return _Before(
+            _flaxs(kind) if kind in (LayerNorm, RMSNorm) else kind.__bases__[0]
+        )
+    return _Before(kind)
+
+
+def _compute_of(
+    kind: type, also: Mapping[type, _own_norms.Compute]
+) -> _own_norms.Compute | None:
+    for base in kind.__mro__:
+        if base in also and kind.__call__ is base.__call__:
+            return also[base]
+    return None
+
+
+@functools.cache
+def _computed(
+    kind: Any,
+    compute: _own_norms.Compute,
+    implementation: Implementation | None,
+    custom_vjp: bool,
+) -> type:
+    """The class of a replaced norm of the model's own class `kind`."""
+
+    @functools.wraps(kind.__call__)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with _own_norms.computing(implementation, custom_vjp):
+            return compute(self, *args, **kwargs)
+
+    made = _subclass(_pickled_as_base(type(kind)), (kind,), {"__call__": __call__})
+    _computed_classes[made] = _Before(kind, compute)
+    return made
+
+
+def _subclass(metaclass: type, bases: tuple[Any, ...], members: dict[str, Any]) -> type:
+    """A class that has the name of its first base."""
+    kind = bases[0]
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return metaclass(
+        kind.__name__, bases, names | members, pytree=kind._pytree__is_pytree
+    )
+
+
+@functools.cache
+def _pickled_as_base(metaclass: type) -> type:
+    """A metaclass whose classes pickle as their base."""
+    made = type("Computed", (metaclass,), {})
+    copyreg.pickle(made, lambda kind: (copy.copy, (kind.__bases__[0],)))
+    return made
 
 
 def _flaxs(kind: type) -> type:
@@ -303,8 +433,7 @@ def _ours(kind: type) -> type:
     ours = LayerNorm if issubclass(kind, nnx.LayerNorm) else RMSNorm
     if kind is _flaxs(kind):
         return ours
-    namespace = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    return _pickled_by_base(type(kind))(kind.__name__, (kind, ours), namespace)
+    return _subclass(_pickled_by_base(type(kind)), (kind, ours), {})
 
 
 @functools.cache
