@@ -208,12 +208,12 @@ def forward(
         variance = square * (1 / _at_least_one(count))
     rstd = lax.rsqrt(variance + spec.epsilon)
     y = c * rstd
-    x_hat_dtype, product_dtype, sum_dtype = _rounding(x, scale, bias, spec)
-    y = _rounded(y, x_hat_dtype)
+    rounded_to = rounding(x.dtype, scale, bias, spec)
+    y = _rounded(y, rounded_to.x_hat)
     if scale is not None:
-        y = _rounded(y * _gamma(scale, spec, like=y), product_dtype)
+        y = _rounded(y * gamma(scale, spec, y.dtype, y.ndim), rounded_to.product)
     if bias is not None:
-        y = _rounded(y + _broadcastable(bias.astype(compute), y.ndim), sum_dtype)
+        y = _rounded(y + _broadcastable(bias.astype(compute), y.ndim), rounded_to.sum)
     statistics = RowStatistics(mean, mean_low, rstd) if with_statistics else None
     return ForwardOutputs(keep(y).astype(spec.dtype), residual_out, statistics)
 
@@ -252,7 +252,7 @@ def backward(
 
     dx = None
     if with_dx:
-        g = dy if scale is None else keep(dy * _gamma(scale, spec, like=dy))
+        g = dy if scale is None else keep(dy * gamma(scale, spec, compute, dy.ndim))
         count = _count(x, mask, spec.axes)
         dx = keep(_dx(g, c, x_hat, mean_low, rstd, dmean, drstd, count, spec))
         if dresidual_out is not None:
@@ -495,21 +495,26 @@ def promoted_dtype(*dtypes: jnp.dtype) -> jnp.dtype:
         return functools.reduce(jnp.promote_types, dtypes)
 
 
-def _rounding(
-    x: Float[Array, "*shape"],
+class Rounding(NamedTuple):
+    """The dtypes to which the results after `x_hat` are rounded; None if they are not."""
+
+    x_hat: jnp.dtype | None
+    product: jnp.dtype | None
+    sum: jnp.dtype | None
+
+
+def rounding(
+    dtype: jnp.dtype,
     scale: Float[Array, ...] | None,
     bias: Float[Array, ...] | None,
     spec: NormSpec,
-) -> tuple[jnp.dtype | None, ...]:
-    """The dtypes to which `x_hat`, its product and the sum are rounded, or None."""
+) -> Rounding:
+    """Where `round_before_scale` rounds; `dtype` is that of what is normalized."""
     if not spec.round_before_scale:
-        return None, None, None
-    product = x.dtype if scale is None else promoted_dtype(x.dtype, scale.dtype)
-    return (
-        x.dtype,
-        product,
-        bias if bias is None else promoted_dtype(product, bias.dtype),
-    )
+        return Rounding(None, None, None)
+    product = dtype if scale is None else promoted_dtype(dtype, scale.dtype)
+    summed = product if bias is None else promoted_dtype(product, bias.dtype)
+    return Rounding(dtype, product, summed)
 
 
 def _rounded(x: Float[Array, "*shape"], dtype: jnp.dtype | None) -> Array:
@@ -525,15 +530,16 @@ def _rounded(x: Float[Array, "*shape"], dtype: jnp.dtype | None) -> Array:
     return jnp.where(jnp.abs(x) < float(info.tiny), denormal, rounded)
 
 
-def _gamma(
-    scale: Float[Array, ...], spec: NormSpec, *, like: Array
+def gamma(
+    scale: Float[Array, ...], spec: NormSpec, dtype: jnp.dtype, ndim: int
 ) -> Float[Array, ...]:
-    gamma = scale.astype(like.dtype)
+    """`scale_offset + scale` in `dtype`, with axes of length 1 in front, up to `ndim`."""
+    factor = scale.astype(dtype)
     if spec.scale_offset:
-        gamma = gamma + spec.scale_offset
+        factor = factor + spec.scale_offset
         if spec.round_before_scale:
-            gamma = _rounded(gamma, scale.dtype)
-    return _broadcastable(gamma, like.ndim)
+            factor = _rounded(factor, scale.dtype)
+    return _broadcastable(factor, ndim)
 
 
 def _broadcastable(param: Array, ndim: int) -> Array:

@@ -66,6 +66,7 @@ def not_default(problem: Problem) -> str | None:
     if (
         _tiles.gpu().capability in TIMED_CAPABILITIES
         and problem.static["spec"].center
+        and not problem.static["spec"].round_before_scale
         and not {"residual", "dresidual_out"} & read.keys()
         and {dtype.name for dtype in (read | written).values()} <= {*TIMED_DTYPES}
         and least <= rows.features <= most
@@ -73,7 +74,8 @@ def not_default(problem: Problem) -> str | None:
     ):
         return None
     return (
-        "it is the default only for what a GPU has timed: layer norm without a residual,"
+        "it is the default only for what a GPU has timed: layer norm without a residual"
+        " or round_before_scale,"
         f" bfloat16 or float32, {least} to {most} features, at least {TIMED_ROWS} rows,"
         " compute capability 9.0; `python -m jax_layernorm check` tries it on yours"
     )
@@ -100,7 +102,8 @@ def forward(problem: Problem) -> Callable[..., ForwardOutputs]:
             "FORWARD", rows.features, tile,
             {"X": x, "RESIDUAL": residual, "RESIDUAL_OUT": sum_dtype, "SCALE": scale}
             | {"BIAS": bias, "Y": spec.dtype},
-            CENTER=spec.center, HAS_RESIDUAL=residual is not None,
+            CENTER=spec.center, ROUND=spec.round_before_scale,
+            HAS_RESIDUAL=residual is not None,
             HAS_SCALE=scale is not None, HAS_BIAS=bias is not None,
             HAS_STATISTICS=with_statistics,
             EPSILON=spec.epsilon, SCALE_OFFSET=spec.scale_offset,
@@ -157,7 +160,8 @@ def backward(problem: Problem) -> Callable[..., BackwardOutputs]:
         wanted = {f"WITH_{name.upper()}": name in sums for name in shapes}
         macros = _macros(
             "BACKWARD", rows.features, tile, {"X": x, "SCALE": scale, "DY": dy},
-            CENTER=spec.center, HAS_SCALE=scale is not None,
+            CENTER=spec.center, ROUND=spec.round_before_scale,
+            HAS_SCALE=scale is not None,
             HAS_DRESIDUAL_OUT=dresidual_out is not None, HAS_DMEAN=dmean is not None,
             HAS_DRSTD=drstd is not None, SCALE_OFFSET=spec.scale_offset,
             WITH_DX=with_dx, **wanted,

@@ -7,6 +7,7 @@
 //   JLN_X, JLN_RESIDUAL, ...: the type of each array, float, bf16 or f16
 //   JLN_HAS_RESIDUAL, ...: 0 or 1, whether there is that array
 //   JLN_CENTER: 1 for layer norm, 0 for RMS norm
+//   JLN_ROUND: 1 for round_before_scale
 //   JLN_EPSILON, JLN_SCALE_OFFSET: floats
 //
 // Each row is read from memory once. Products and sums are fused only where the source says
@@ -42,6 +43,9 @@ using Residual = JLN_RESIDUAL;
 using ResidualOut = JLN_RESIDUAL_OUT;
 using Bias = JLN_BIAS;
 using Y = JLN_Y;
+// With JLN_ROUND, a result is rounded to a narrow type if all that it comes from has it.
+constexpr bool kRoundProduct = kRound && (!kHasScale || kSame<Scale, ResidualOut>);
+constexpr bool kRoundSum = kRoundProduct && (!kHasBias || kSame<Bias, ResidualOut>);
 
 struct Shared {
   alignas(16) WarpSums sums;
@@ -134,7 +138,13 @@ NORM_KERNEL norm_forward(const X* x, const Residual* residual, const Scale* scal
       Elements<Y> out;
       FOR_ELEMENTS(v, i) {
         float value = (c[v][i] - low) * r;
-        if constexpr (kHasScale && kHasBias) {
+        if constexpr (kRound) {
+          value = rounded<ResidualOut>(value);
+          if constexpr (kHasScale) value *= gamma[v][i];
+          if constexpr (kRoundProduct) value = rounded<ResidualOut>(value);
+          if constexpr (kHasBias) value += beta[v][i];
+          if constexpr (kRoundSum) value = rounded<ResidualOut>(value);
+        } else if constexpr (kHasScale && kHasBias) {
           value = multiply_add(value, gamma[v][i], beta[v][i]);
         } else if constexpr (kHasScale) {
           value *= gamma[v][i];
@@ -273,7 +283,10 @@ NORM_KERNEL norm_backward(const X* x, const Scale* scale, const float* mean,
       FOR_ELEMENTS(v, i) {
         const float x_hat = (arrived.get(v, i) - high - low) * r;
         const float d = cotangent.get(v, i);
-        if constexpr (kWithDscale) dscale[v][i] = multiply_add(d, x_hat, dscale[v][i]);
+        if constexpr (kWithDscale) {
+          const float factor = kRound ? rounded<X>(x_hat) : x_hat;
+          dscale[v][i] = multiply_add(d, factor, dscale[v][i]);
+        }
         if constexpr (kWithDbias) dbias[v][i] += d;
         if constexpr (kWithDx) {
           const float g = kHasScale ? d * gamma[v][i] : d;

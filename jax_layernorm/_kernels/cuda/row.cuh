@@ -24,6 +24,10 @@ constexpr int kVectors = (kPart + kThreads * kVector - 1) / (kThreads * kVector)
 constexpr bool kExact = kPart == kVectors * kThreads * kVector;
 constexpr int kWarps = kThreads / 32;  // of a part; 0 if several rows share a warp
 constexpr float kInvN = 1.0f / kFeatures;
+constexpr bool kRound = JLN_ROUND;
+
+template <class A, class B> constexpr bool kSame = false;
+template <class A> constexpr bool kSame<A, A> = true;
 
 static_assert(kFeatures % kCluster == 0 && kPart % kVector == 0, "vectors lie in a part");
 static_assert(kWarps ? kThreads % 32 == 0 : 32 % kThreads == 0 && kBlock % 32 == 0,
@@ -101,11 +105,20 @@ struct Arriving {
   }
 };
 
+template <class T>
+DEVICE float rounded(float x) {
+  T narrowed;
+  narrow(x, narrowed);
+  return widen(narrowed);
+}
+
 // A thread's elements of a parameter, with `offset` added.
 template <class T>
 DEVICE void load_parameter(const T* part, int t, float offset, Values& to) {
-  FOR_ELEMENTS(v, i)
+  FOR_ELEMENTS(v, i) {
     to[v][i] = inside(v, t) ? widen(part[column_of(v, t) + i]) + offset : 0.0f;
+    if constexpr (kRound) to[v][i] = rounded<T>(to[v][i]);
+  }
 }
 
 struct alignas(8) Two { float a, b; };

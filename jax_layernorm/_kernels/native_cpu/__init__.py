@@ -74,6 +74,7 @@ def forward(problem: Problem) -> Callable[..., ForwardOutputs]:
             has_bias=bias is not None,
             with_statistics=with_statistics,
             center=spec.center,
+            round_before_scale=spec.round_before_scale,
             epsilon=np.float64(spec.epsilon),
             scale_offset=np.float64(spec.scale_offset),
         )
@@ -141,6 +142,7 @@ def backward(problem: Problem) -> Callable[..., BackwardOutputs]:
             with_dscale=scale_shape is not None,
             with_dbias=bias_shape is not None,
             center=spec.center,
+            round_before_scale=spec.round_before_scale,
             scale_offset=np.float64(spec.scale_offset),
         )
         shapes = (x.shape if with_dx else None, scale_shape, bias_shape)

@@ -22,12 +22,12 @@ namespace {
 
 // XLA fills the fields in the order in which their names are registered below.
 struct ForwardAttributes {
-  bool center, has_residual, has_scale, has_bias, with_statistics;
+  bool center, round_before_scale, has_residual, has_scale, has_bias, with_statistics;
   double epsilon, scale_offset;
 };
 
 struct BackwardAttributes {
-  bool center, has_scale, has_dresidual_out, has_dmean, has_drstd;
+  bool center, round_before_scale, has_scale, has_dresidual_out, has_dmean, has_drstd;
   bool with_dx, with_dscale, with_dbias;
   double scale_offset;
 };
@@ -37,13 +37,15 @@ struct BackwardAttributes {
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     jax_layernorm::ForwardAttributes, StructMember<bool>("center"),
-    StructMember<bool>("has_residual"), StructMember<bool>("has_scale"),
-    StructMember<bool>("has_bias"), StructMember<bool>("with_statistics"),
+    StructMember<bool>("round_before_scale"), StructMember<bool>("has_residual"),
+    StructMember<bool>("has_scale"), StructMember<bool>("has_bias"),
+    StructMember<bool>("with_statistics"),
     StructMember<double>("epsilon"), StructMember<double>("scale_offset"));
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     jax_layernorm::BackwardAttributes, StructMember<bool>("center"),
-    StructMember<bool>("has_scale"), StructMember<bool>("has_dresidual_out"),
+    StructMember<bool>("round_before_scale"), StructMember<bool>("has_scale"),
+    StructMember<bool>("has_dresidual_out"),
     StructMember<bool>("has_dmean"), StructMember<bool>("has_drstd"),
     StructMember<bool>("with_dx"), StructMember<bool>("with_dscale"),
     StructMember<bool>("with_dbias"), StructMember<double>("scale_offset"));
@@ -102,6 +104,7 @@ ffi::Error forward(ffi::ThreadPool threads, ForwardAttributes attributes,
   Reader reader(args, rets);
   ForwardProblem p{};
   p.center = attributes.center;
+  p.round_before_scale = attributes.round_before_scale;
   p.rows = reader.rows();
   p.features = reader.features();
   p.epsilon = attributes.epsilon;
@@ -141,6 +144,7 @@ ffi::Error backward(ffi::ThreadPool threads, BackwardAttributes attributes,
   Reader reader(args, rets);
   BackwardProblem p{};
   p.center = attributes.center;
+  p.round_before_scale = attributes.round_before_scale;
   p.rows = reader.rows();
   p.features = reader.features();
   p.scale_offset = attributes.scale_offset;

@@ -30,17 +30,21 @@ T* advance(T* data, Dtype dtype, int64_t elements) {
   return static_cast<Byte*>(data) + elements * kBytesOf[dtype];
 }
 
+bool is_half(Dtype dtype) { return dtype == kBFloat16 || dtype == kFloat16; }
+
 int64_t helpers_for(int64_t elements) { return elements / kElementsForAThread - 1; }
 
 // A parameter plus `offset` (scale_offset for scale, 0 for bias), in the dtype of the
-// arithmetic.
+// arithmetic. `Problem` is a problem of the forward or the backward pass.
 class Parameter {
  public:
-  Parameter(const In& in, double offset, int64_t rows, int64_t features, Dtype compute,
+  template <class Problem>
+  Parameter(const In& in, double offset, const Problem& p, Dtype compute,
             const RowKernels& kernels, int slot)
-      : in_(in), offset_(offset), rows_each_(rows / in.groups), features_(features),
-        compute_(compute), widen_(kernels.widen[compute == kFloat64][in.dtype]),
-        slot_(slot), as_given_(in.dtype == compute && offset == 0) {
+      : in_(in), offset_(offset), round_(p.round_before_scale),
+        rows_each_(p.rows / in.groups), features_(p.features), compute_(compute),
+        widen_(kernels.widen[compute == kFloat64][in.dtype]), slot_(slot),
+        as_given_(in.dtype == compute && offset == 0) {
     if (in.groups == 1) shared_ = of_row(0, once_);
   }
 
@@ -49,7 +53,7 @@ class Parameter {
     const void* from = advance(in_.data, in_.dtype, row / rows_each_ * features_);
     if (as_given_) return from;
     void* to = scratch.bytes(slot_, features_ * kBytesOf[compute_]);
-    widen_(from, offset_, to, features_);
+    widen_(from, offset_, round_, to, features_);
     return to;
   }
 
@@ -59,9 +63,10 @@ class Parameter {
  private:
   const In& in_;
   const double offset_;
+  const bool round_;
   const int64_t rows_each_, features_;
   const Dtype compute_;
-  void (*const widen_)(const void*, double, void*, int64_t);
+  void (*const widen_)(const void*, double, bool, void*, int64_t);
   const int slot_;
   const bool as_given_;
   Scratch once_;
@@ -140,12 +145,19 @@ bool run(const ForwardProblem& p, const RowKernels& kernels, Pool& pool) try {
   const bool adds = p.residual.data != nullptr;
   const Dtype normalized = adds ? p.residual_out.dtype : p.x.dtype;
   const Dtype compute = computed(normalized);
-  const Parameter gamma(p.scale, p.scale_offset, p.rows, p.features, compute, kernels, 0);
-  const Parameter bias(p.bias, 0, p.rows, p.features, compute, kernels, 1);
+  const Parameter gamma(p.scale, p.scale_offset, p, compute, kernels, 0);
+  const Parameter bias(p.bias, 0, p, compute, kernels, 1);
   const auto forward = kernels.forward[p.center][normalized][p.y.dtype];
   const auto add = kernels.add[p.x.dtype][p.residual.dtype];
   const int64_t most = adds ? std::max<int64_t>(1, kAddedElements / p.features) : p.rows;
   const int64_t chunk_rows = std::max<int64_t>(1, kChunkElements / p.features);
+  // A result is rounded to a half-precision dtype if all that it comes from has that dtype.
+  const auto has_dtype = [&](const In& in) {
+    return in.data == nullptr || in.dtype == normalized;
+  };
+  const bool round_x_hat = p.round_before_scale && is_half(normalized);
+  const bool round_product = round_x_hat && has_dtype(p.scale);
+  const bool round_sum = round_product && has_dtype(p.bias);
 
   const auto body = [&](int64_t chunk, Scratch& scratch) {
     const int64_t end = std::min(p.rows, (chunk + 1) * chunk_rows);
@@ -169,6 +181,9 @@ bool run(const ForwardProblem& p, const RowKernels& kernels, Pool& pool) try {
       a.mean = advance(p.mean.data, compute, row);
       a.mean_low = advance(p.mean_low.data, compute, row);
       a.rstd = advance(p.rstd.data, compute, row);
+      a.round_x_hat = round_x_hat;
+      a.round_product = round_product;
+      a.round_sum = round_sum;
       forward(a);
       row = stop;
     }
@@ -181,7 +196,7 @@ bool run(const ForwardProblem& p, const RowKernels& kernels, Pool& pool) try {
 
 bool run(const BackwardProblem& p, const RowKernels& kernels, Pool& pool) try {
   const Dtype compute = computed(p.x.dtype);
-  const Parameter gamma(p.scale, p.scale_offset, p.rows, p.features, compute, kernels, 0);
+  const Parameter gamma(p.scale, p.scale_offset, p, compute, kernels, 0);
   const auto backward = kernels.backward[p.center][p.x.dtype][p.dy.dtype];
 
   const bool wide = compute == kFloat64;
@@ -234,6 +249,7 @@ bool run(const BackwardProblem& p, const RowKernels& kernels, Pool& pool) try {
       a.dscale = sums[0];
       a.dbias = sums[1];
       a.padded = padded;
+      a.round_x_hat = p.round_before_scale && is_half(p.x.dtype);
       backward(a);
       for (int i = 0; i < 2; ++i) {  // write the sums of each group that ends here
         const Gradient& g = *gradients[i];

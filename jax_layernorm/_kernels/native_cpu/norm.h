@@ -27,6 +27,7 @@ struct Out {
 
 struct ForwardProblem {
   bool center;  // true for layer norm, false for RMS norm
+  bool round_before_scale;
   int64_t rows, features;
   double epsilon, scale_offset;
   In x, residual, scale, bias;
@@ -34,7 +35,7 @@ struct ForwardProblem {
 };
 
 struct BackwardProblem {
-  bool center;
+  bool center, round_before_scale;
   int64_t rows, features;
   double scale_offset;
   In x, scale, mean, mean_low, rstd, dy, dresidual_out, dmean, drstd;

@@ -80,25 +80,37 @@ JLN_INLINE void forward_together(const ForwardRows& a, int64_t row) {
       shift[k] = -low[k] * rstd[k];
     }
   }
-  for_each<C>(0, features, [&](int64_t i, auto which) {
-    V factor{}, beta{};
-    if (gamma != nullptr) factor = load<C>(gamma + i, which);
-    if (bias != nullptr) beta = load<C>(bias + i, which);
-    for (int k = 0; k < R; ++k) {
-      __builtin_prefetch(x + (R + k) * features + i);  // the next rows
-      V v = load<C>(x + k * features + i, which);
-      // (x - mean - low) * rstd, with two roundings.
-      if constexpr (kCenter) {
-        v = multiply_add(v - all<V>(mean[k]), all<V>(rstd[k]), all<V>(shift[k]));
-      } else {
-        v = v * all<V>(rstd[k]);
+  const auto write = [&](auto rounds) {
+    for_each<C>(0, features, [&](int64_t i, auto which) {
+      V factor{}, beta{};
+      if (gamma != nullptr) factor = load<C>(gamma + i, which);
+      if (bias != nullptr) beta = load<C>(bias + i, which);
+      for (int k = 0; k < R; ++k) {
+        __builtin_prefetch(x + (R + k) * features + i);  // the next rows
+        V v = load<C>(x + k * features + i, which);
+        // (x - mean - low) * rstd, with two roundings.
+        if constexpr (kCenter) {
+          v = multiply_add(v - all<V>(mean[k]), all<V>(rstd[k]), all<V>(shift[k]));
+        } else {
+          v = v * all<V>(rstd[k]);
+        }
+        if constexpr (decltype(rounds)::value) {
+          v = round_to<X, C>(v);
+          if (gamma != nullptr) v = v * factor;
+          if (a.round_product) v = round_to<X, C>(v);
+          if (bias != nullptr) v = v + beta;
+          if (a.round_sum) v = round_to<X, C>(v);
+        } else {
+          if (gamma != nullptr && bias != nullptr) v = multiply_add(v, factor, beta);
+          else if (gamma != nullptr) v = v * factor;
+          else if (bias != nullptr) v = v + beta;
+        }
+        store<C>(y + k * features + i, v, which);
       }
-      if (gamma != nullptr && bias != nullptr) v = multiply_add(v, factor, beta);
-      else if (gamma != nullptr) v = v * factor;
-      else if (bias != nullptr) v = v + beta;
-      store<C>(y + k * features + i, v, which);
-    }
-  });
+    });
+  };
+  if (sizeof(X) == 2 && a.round_x_hat) write(std::bool_constant<sizeof(X) == 2>{});
+  else write(std::false_type{});
   if (a.rstd != nullptr) {
     for (int k = 0; k < R; ++k) {
       if constexpr (kCenter) {
@@ -157,22 +169,29 @@ JLN_INLINE void backward_together(const BackwardRows& a, int64_t row) {
   };
 
   double sums[2][R] = {};
-  row_sums<R, U, 2>(features, sums, C{}, [&](int64_t i, auto which, V(*sum)[2]) {
-    V factor = all<V>(C{1});
-    if (gamma != nullptr) factor = load<C>(gamma + i, which);
-    V d[R], along[R];
-    for (int k = 0; k < R; ++k) {
-      __builtin_prefetch(written_next + k * features + i, 1);
-      const V h = only<C>(x_hat(k, i, which), which);
-      d[k] = load<C>(dy + k * features + i, which);
-      const V g = d[k] * factor;
-      along[k] = d[k] * h;
-      sum[k][0] = multiply_add(g, h, sum[k][0]);
-      if constexpr (kCenter) sum[k][1] += g;
-    }
-    if (a.dscale != nullptr) accumulate<C>(a.dscale + i, a.padded, sum_of<V, R>(along));
-    if (a.dbias != nullptr) accumulate<C>(a.dbias + i, a.padded, sum_of<V, R>(d));
-  });
+  const auto read = [&](auto rounds) {
+    row_sums<R, U, 2>(features, sums, C{}, [&](int64_t i, auto which, V(*sum)[2]) {
+      V factor = all<V>(C{1});
+      if (gamma != nullptr) factor = load<C>(gamma + i, which);
+      V d[R], along[R];
+      for (int k = 0; k < R; ++k) {
+        __builtin_prefetch(written_next + k * features + i, 1);
+        const V h = only<C>(x_hat(k, i, which), which);
+        d[k] = load<C>(dy + k * features + i, which);
+        const V g = d[k] * factor;
+        if constexpr (decltype(rounds)::value) along[k] = d[k] * round_to<X, C>(h);
+        else along[k] = d[k] * h;
+        sum[k][0] = multiply_add(g, h, sum[k][0]);
+        if constexpr (kCenter) sum[k][1] += g;
+      }
+      if (a.dscale != nullptr) {
+        accumulate<C>(a.dscale + i, a.padded, sum_of<V, R>(along));
+      }
+      if (a.dbias != nullptr) accumulate<C>(a.dbias + i, a.padded, sum_of<V, R>(d));
+    });
+  };
+  if (sizeof(X) == 2 && a.round_x_hat) read(std::bool_constant<sizeof(X) == 2>{});
+  else read(std::false_type{});
   if (dx == nullptr) return;
 
   for (int k = 0; k < R; ++k) {
@@ -235,12 +254,14 @@ void add(const void* x, const void* residual, void* residual_out, int64_t n) {
 }
 
 template <class C, class T>
-void widen(const void* from, double offset, void* to, int64_t n) {
+void widen(const void* from, double offset, bool round, void* to, int64_t n) {
   using V = Register<C>;
   const C added = static_cast<C>(offset);
   for_each<C>(0, n, [&](int64_t i, auto which) {
-    const V v = load<C>(static_cast<const T*>(from) + i, which);
-    store<C>(static_cast<C*>(to) + i, added == 0 ? v : v + all<V>(added), which);
+    V v = load<C>(static_cast<const T*>(from) + i, which);
+    if (added != 0) v = v + all<V>(added);
+    if (round) v = round_to<T, C>(v);
+    store<C>(static_cast<C*>(to) + i, v, which);
   });
 }
 

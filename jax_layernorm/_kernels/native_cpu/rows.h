@@ -30,6 +30,8 @@ struct ForwardRows {
   const void* bias;
   void* y;
   void *mean, *mean_low, *rstd;
+  // Which results are rounded to the dtype of x, if that is a half-precision dtype.
+  bool round_x_hat, round_product, round_sum;
 };
 
 struct BackwardRows {
@@ -42,6 +44,7 @@ struct BackwardRows {
   void* dx;  // null if it is not wanted
   double *dscale, *dbias;  // sums over rows, to which the kernel adds; see kSumWords
   int64_t padded;          // features, rounded up to a multiple of kPadding
+  bool round_x_hat;        // for dscale, as in the forward pass
 };
 
 struct RowKernels {
@@ -53,9 +56,10 @@ struct RowKernels {
   // dtypes of x and residual.
   void (*add[kDtypes][kDtypes])(const void* x, const void* residual, void* residual_out,
                                 int64_t n);
-  // to = from + offset. Indexed by whether the arithmetic is in float64 (1) or float32 (0),
-  // and by the dtype of `from`.
-  void (*widen[2][kDtypes])(const void* from, double offset, void* to, int64_t n);
+  // to = from + offset, rounded to the dtype of `from` if `round`. Indexed by whether the
+  // arithmetic is in float64 (1) or float32 (0), and by the dtype of `from`.
+  void (*widen[2][kDtypes])(const void* from, double offset, bool round, void* to,
+                            int64_t n);
   // Adds up `count` sums over rows, which are stored one after the other, in n columns, and
   // rounds to the dtype of the arithmetic. Indexed by whether that is float64.
   void (*sum[2])(const double* from, int64_t count, int64_t padded, void* to, int64_t n);

@@ -312,6 +312,12 @@ template <class C> JLN_INLINE Register<C> only(Register<C> v, Part part) {
   return first<C>(v, part.n);
 }
 
+// Rounds to a dtype T that is no wider than C.
+template <class T, class C>
+JLN_INLINE Register<C> round_to(Register<C> v) {
+  return from_bits<C, T>(to_bits<T, C>(v));
+}
+
 // The sum of the lanes, added pairwise as in a tree.
 template <class C, int N>
 JLN_INLINE C sum_of_lanes(Vector<C, N> v) {

@@ -67,13 +67,17 @@ def forward(problem: Problem) -> Callable[..., _equations.ForwardOutputs]:
             _forward,
         )  # not before it is needed
 
+        normalized = sum_dtype(x, residual)
         y, residual_out, statistics = _forward.forward(
             _matrix(x, rows),
             _matrix(residual, rows),
-            _parameter(scale, rows),
-            _parameter(bias, rows),
+            _gamma(scale, spec, rows),
+            None
+            if bias is None
+            else bias.astype(jnp.float32).reshape(1, rows.features),
             spec=spec,
-            residual_out_dtype=sum_dtype(x, residual),
+            rounding=_equations.rounding(normalized, scale, bias, spec),
+            residual_out_dtype=normalized,
             with_statistics=with_statistics,
         )
         if statistics is not None:
@@ -113,7 +117,7 @@ def backward(problem: Problem) -> Callable[..., _equations.BackwardOutputs]:
         per_row = (1, rows.rows)
         dx, dscale, dbias = _backward.backward(
             _matrix(x, rows),
-            _parameter(scale, rows),
+            _gamma(scale, spec, rows),
             jax.tree.map(lambda m: m.reshape(per_row), statistics),
             _matrix(dy, rows),
             _matrix(dresidual_out, rows),
@@ -171,8 +175,9 @@ def _matrix(array: Any, rows: Rows) -> Any:
     return None if array is None else array.reshape(rows.rows, rows.features)
 
 
-def _parameter(array: Any, rows: Rows) -> Any:
-    """A parameter in float32: it is small, and a kernel reads it once."""
-    if array is None:
+def _gamma(scale: Any, spec: Any, rows: Rows) -> Any:
+    """`scale_offset + scale` in float32: it is small, and a kernel reads it once."""
+    if scale is None:
         return None
-    return array.reshape(1, rows.features).astype(jnp.float32)
+    scale = scale.reshape(1, rows.features)
+    return _equations.gamma(scale, spec, jnp.dtype(jnp.float32), 2)

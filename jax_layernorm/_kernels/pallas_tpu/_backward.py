@@ -41,7 +41,7 @@ class RowSums(NamedTuple):
 
 def backward(
     x: Any,
-    scale: Any,
+    gamma: Any,
     statistics: RowStatistics,
     dy: Any,
     dresidual_out: Any,
@@ -100,7 +100,7 @@ def backward(
             (dy, row_spec),
             (dresidual_out, row_spec),
             (given, jax.tree.map(lambda _: statistic_spec, given)),
-            (scale, parameter_spec),
+            (gamma, parameter_spec),
         ],
         outputs=[
             (jax.ShapeDtypeStruct(x.shape, x.dtype) if with_dx else None, row_spec),
@@ -145,7 +145,7 @@ def _backward_kernel(
     dy_ref: Any,
     dresidual_out_ref: Any,
     statistics_ref: RowStatistics,
-    scale_ref: Any,
+    gamma_ref: Any,
     dx_ref: Any,
     dscale_ref: Any,
     dbias_ref: Any,
@@ -159,7 +159,7 @@ def _backward_kernel(
     """For rows that fit into registers: computes straight through."""
     features = x_ref.shape[1]
     inv_n = 1 / features
-    gamma = None if scale_ref is None else scale_ref[...] + spec.scale_offset
+    gamma = None if gamma_ref is None else gamma_ref[...]
     gamma_inv_n = inv_n if gamma is None else gamma * inv_n
     given = jax.tree.leaves(statistics_ref)
     narrow = _blocks.is_narrow(features)
@@ -192,7 +192,10 @@ def _backward_kernel(
                 x = x - mean
             x_hat = x * rstd
             dy_x_hat = dy * x_hat
-            for ref, terms in ((dscale_ref, dy_x_hat), (dbias_ref, dy)):
+            along_scale = dy_x_hat
+            if spec.round_before_scale:
+                along_scale = dy * _blocks.rounded(x_hat, x_ref.dtype)
+            for ref, terms in ((dscale_ref, along_scale), (dbias_ref, dy)):
                 if ref is not None:
                     groups = terms.reshape(-1, SUBLANES, features)
                     ref[0] += jnp.sum(groups, 0)
@@ -224,7 +227,7 @@ def _wide_kernel(
     dy_ref: Any,
     dresidual_out_ref: Any,
     statistics_ref: RowStatistics,
-    scale_ref: Any,
+    gamma_ref: Any,
     dx_ref: Any,
     dscale_ref: Any,
     dbias_ref: Any,
@@ -259,8 +262,8 @@ def _wide_kernel(
         def first_pass(row: Any, column: Any) -> None:
             dscale = dbias = jnp.zeros((SUBLANES, tiles.columns), jnp.float32)
             gamma = None
-            if scale_ref is not None:
-                gamma = tiles.parameter(scale_ref, column) + spec.scale_offset
+            if gamma_ref is not None:
+                gamma = tiles.parameter(gamma_ref, column)
             for q in range(0, tiles.rows, SUBLANES):
                 here = pl.ds(row + q, SUBLANES)
                 x_hat = tiles.load(x_ref, row + q, column)
@@ -273,7 +276,11 @@ def _wide_kernel(
                     exists = _exists(block, blocks, row + q, SUBLANES, rows)
                     x_hat, dy = (jnp.where(exists, a, 0.0) for a in (x_hat, dy))
                 g, g_x_hat = dy, dy * x_hat
-                dscale, dbias = dscale + g_x_hat, dbias + dy
+                if spec.round_before_scale:
+                    dscale = dscale + dy * _blocks.rounded(x_hat, x_ref.dtype)
+                else:
+                    dscale = dscale + g_x_hat
+                dbias = dbias + dy
                 if dx_ref is None:
                     continue
                 if gamma is not None:

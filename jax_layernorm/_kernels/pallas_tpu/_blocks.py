@@ -160,6 +160,11 @@ def product(a: Any, b: Any, transposed: bool = False) -> Any:
     )
 
 
+def rounded(x: Any, dtype: Any) -> Any:
+    """`x` rounded to `dtype`, in float32. Mosaic does not drop a cast there and back."""
+    return x.astype(dtype).astype(jnp.float32)
+
+
 def in_steps(blocks: Blocks, body: Callable[[Any, Any], None]) -> None:
     """`body(first_row, rows)` for each step of a block."""
 

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jax_layernorm import _equations
-from jax_layernorm._equations import NormSpec, RowStatistics
+from jax_layernorm._equations import NormSpec, Rounding, RowStatistics
 from jax_layernorm._kernels.pallas_tpu import _blocks
 from jax_layernorm._kernels.pallas_tpu._blocks import (
     LANES,
@@ -40,10 +40,11 @@ class RowSums(NamedTuple):
 def forward(
     x: Any,
     residual: Any,
-    scale: Any,
+    gamma: Any,
     bias: Any,
     *,
     spec: NormSpec,
+    rounding: Rounding,
     residual_out_dtype: Any,
     with_statistics: bool,
 ) -> tuple[Any, Any, RowStatistics | None]:
@@ -82,13 +83,15 @@ def forward(
         scratch.append(RowSums(*[pltpu.VMEM((cut.rows, LANES), jnp.float32)] * 3))
     kernel = _wide_kernel if wide else _forward_kernel
     y, residual_out, statistics = _blocks.call(
-        functools.partial(kernel, spec=spec, blocks=cut, shared=shared),
+        functools.partial(
+            kernel, spec=spec, rounding=rounding, blocks=cut, shared=shared
+        ),
         "layer_norm_forward",
         grid=(pl.cdiv(count, shared), shared),
         inputs=[
             (x, row_spec),
             (residual, row_spec),
-            (scale, parameter_spec),
+            (gamma, parameter_spec),
             (bias, parameter_spec),
         ],
         outputs=[
@@ -105,7 +108,7 @@ def forward(
 def _forward_kernel(
     x_ref: Any,
     residual_ref: Any,
-    scale_ref: Any,
+    gamma_ref: Any,
     bias_ref: Any,
     y_ref: Any,
     residual_out_ref: Any,
@@ -113,13 +116,19 @@ def _forward_kernel(
     diagonals_ref: Any,
     *,
     spec: NormSpec,
+    rounding: Rounding,
     blocks: Blocks,
     shared: int,
 ) -> None:
     norm = math.sqrt(x_ref.shape[1])
-    gamma = None if scale_ref is None else (scale_ref[...] + spec.scale_offset) * norm
+    gamma = None if gamma_ref is None else gamma_ref[...]
+    beta = None if bias_ref is None else bias_ref[...]
+    rounds = _rounds(rounding)
+    if gamma is not None and not rounds:
+        gamma = gamma * norm
     narrow = _blocks.is_narrow(x_ref.shape[1])
-    rsqrt = _rsqrt_for_half if narrow and y_ref.dtype == jnp.bfloat16 else lax.rsqrt
+    rough = narrow and y_ref.dtype == jnp.bfloat16 and not rounds
+    rsqrt = _rsqrt_for_half if rough else lax.rsqrt
     offset = pl.program_id(1) * blocks.rows if shared > 1 else 0
 
     def step(first: Any, rows: Any) -> None:
@@ -132,9 +141,11 @@ def _forward_kernel(
             residual_out_ref[rows, :] = x
         c, squares, means = centered(x, spec)
         r = rsqrt(squares)
-        y = c * (r * norm) if gamma is None else c * r * gamma
-        if bias_ref is not None:
-            y = y + bias_ref[...]
+        if rounds:
+            y = _rounded_after_each(c * (r * norm), gamma, beta, rounding)
+        else:
+            y = c * (r * norm) if gamma is None else c * r * gamma
+            y = y if beta is None else y + beta
         y_ref[rows, :] = y.astype(y_ref.dtype)
         if statistics_ref is not None:
             diagonals = Diagonals(offset + first, blocks.step)
@@ -171,7 +182,7 @@ def _write(diagonals_ref: Any, statistics_ref: Any, shared: int) -> None:
 def _wide_kernel(
     x_ref: Any,
     residual_ref: Any,
-    scale_ref: Any,
+    gamma_ref: Any,
     bias_ref: Any,
     y_ref: Any,
     residual_out_ref: Any,
@@ -180,6 +191,7 @@ def _wide_kernel(
     sums_ref: RowSums,
     *,
     spec: NormSpec,
+    rounding: Rounding,
     blocks: Blocks,
     shared: int,
 ) -> None:
@@ -225,8 +237,8 @@ def _wide_kernel(
 
     def write_pass(row: Any, column: Any) -> None:
         gamma = beta = None
-        if scale_ref is not None:
-            gamma = tiles.parameter(scale_ref, column) + spec.scale_offset
+        if gamma_ref is not None:
+            gamma = tiles.parameter(gamma_ref, column)
         if bias_ref is not None:
             beta = tiles.parameter(bias_ref, column)
         for q in range(0, tiles.rows, SUBLANES):
@@ -237,10 +249,11 @@ def _wide_kernel(
                 if exact_mean:
                     y = y - tiles.spread(sums_ref.correction[here, :])
             y = y * tiles.spread(sums_ref.rstd[here, :])
-            if gamma is not None:
-                y = y * gamma
-            if beta is not None:
-                y = y + beta
+            if _rounds(rounding):
+                y = _rounded_after_each(y, gamma, beta, rounding)
+            else:
+                y = y if gamma is None else y * gamma
+                y = y if beta is None else y + beta
             tiles.store(y_ref, row + q, column, y)
 
     if exact_mean:
@@ -279,6 +292,18 @@ def _wide_kernel(
             _store(statistics, diagonals, diagonals_ref)
     tiles.each(write_pass)
     _write(diagonals_ref, statistics_ref, shared)
+
+
+def _rounds(rounding: Rounding) -> bool:
+    return rounding.x_hat == jnp.bfloat16
+
+
+def _rounded_after_each(x_hat: Any, gamma: Any, beta: Any, rounding: Rounding) -> Any:
+    """`x_hat * gamma + beta` with the roundings of `round_before_scale`."""
+    y = _blocks.rounded(x_hat, rounding.x_hat)
+    if gamma is not None:
+        y = _blocks.rounded(y * gamma, rounding.product)
+    return y if beta is None else _blocks.rounded(y + beta, rounding.sum)
 
 
 def centered(x: Any, spec: NormSpec) -> tuple[Any, Any, tuple[Any, ...]]:

@@ -196,6 +196,7 @@ class Case {
     normalized_ = residual_ == kDtypes ? x_ : promoted(x_, residual_);
     y_ = coin(3) ? dtype() : x_;
     compute_ = computed(normalized_);
+    round_before_scale_ = coin(4);
     scale_offset_ = coin(3) ? 1 : 0;
     epsilon_ = coin() ? 1e-6 : 1e-2;
     scale_groups_ = coin(4) ? 0 : groups();
@@ -222,6 +223,7 @@ class Case {
 
     ForwardProblem f{};
     f.center = center_;
+    f.round_before_scale = round_before_scale_;
     f.rows = rows_;
     f.features = features_;
     f.epsilon = epsilon_;
@@ -250,6 +252,7 @@ class Case {
 
     BackwardProblem b{};
     b.center = center_;
+    b.round_before_scale = round_before_scale_;
     b.rows = rows_;
     b.features = features_;
     b.scale_offset = scale_offset_;
@@ -347,7 +350,8 @@ class Case {
                const Array& dresidual_out, const Array& dmean, const Array& drstd,
                const Array& dx, const Array& dscale, const Array& dbias) {
     const Real e = eps(compute_), N = features_;
-    std::vector<Real> ds(dscale.n), ds_size(dscale.n), db(dbias.n), db_size(dbias.n);
+    std::vector<Real> ds(dscale.n), ds_size(dscale.n), ds_rounding(dscale.n);
+    std::vector<Real> db(dbias.n), db_size(dbias.n);
     std::vector<Real> x_hat(features_), g(features_), gamma(features_);
     for (int64_t r = 0; r < rows_; ++r) {
       const auto at = [&](int64_t i) { return r * features_ + i; };
@@ -369,6 +373,7 @@ class Case {
         gamma[i] = 1;
         if (scale_groups_) {
           gamma[i] = scale_offset_ + scale[r / (rows_ / scale_groups_) * features_ + i];
+          if (round_before_scale_) gamma[i] = rounded(gamma[i], scale_dtype_);
         }
         x_hat[i] = (x[at(i)] - m) * s;
         g[i] = dy[at(i)] * gamma[i];
@@ -395,7 +400,8 @@ class Case {
           right += shift;
           size += std::fabs(shift);
         }
-        near(y[at(i)], right, size, y_, 1, "y");
+        // Of x_hat, the product and the sum.
+        near(y[at(i)], right, size, y_, 1, "y", 3 * rounding(size));
         Real v = g[i] - x_hat[i] * (along + from_rstd);
         if (center_) v -= mean_g;
         v = v * s + from_mean;
@@ -409,6 +415,7 @@ class Case {
           const int64_t k = r / (rows_ / dscale_groups_) * features_ + i;
           ds[k] += dy[at(i)] * x_hat[i];
           ds_size[k] += std::fabs(dy[at(i)]) * x_hat_size;
+          ds_rounding[k] += std::fabs(dy[at(i)]) * rounding(x_hat[i]);
         }
         if (bias_groups_) {
           const int64_t k = r / (rows_ / bias_groups_) * features_ + i;
@@ -424,7 +431,7 @@ class Case {
     }
     if (dscale_groups_) {
       for (int64_t i = 0; i < dscale.n; ++i) {
-        near(dscale[i], ds[i], ds_size[i], compute_, 1, "dscale");
+        near(dscale[i], ds[i], ds_size[i], compute_, 1, "dscale", ds_rounding[i]);
       }
     }
     if (bias_groups_) {
@@ -436,10 +443,11 @@ class Case {
 
   // Allows what oracle.assert_close allows in the Python tests: one rounding to the dtype
   // of the result and a few roundings of the arithmetic, relative to the size of the terms.
-  void near(Real actual, Real right, Real size, Dtype dtype, Real summed, const char* what) {
+  void near(Real actual, Real right, Real size, Dtype dtype, Real summed, const char* what,
+            Real more = 0) {
     const Real unit = eps(dtype) / 2 + eps(compute_) * (4 + 0.5L * std::sqrt(summed));
     const Real denormal = std::ldexp(Real{1}, kFormats[dtype].least_exponent) * eps(dtype);
-    if (std::fabs(actual - right) <= size * unit + denormal) return;
+    if (std::fabs(actual - right) <= size * unit + denormal + more) return;
     if (std::isinf(rounded(right, dtype)) && actual == rounded(right, dtype)) return;
     char text[200];
     std::snprintf(text, sizeof text, "%s is %.9Lg and not %.9Lg (+- %.2Lg)", what, actual,
@@ -447,6 +455,12 @@ class Case {
     check(false, text);
   }
 
+  // How far `round_before_scale` may move a value of this size, in one rounding.
+  Real rounding(Real size) const {
+    if (!round_before_scale_ || eps(normalized_) <= eps(kFloat32)) return 0;
+    const Real denormal = std::ldexp(Real{1}, kFormats[normalized_].least_exponent);
+    return (std::fabs(size) + denormal) * eps(normalized_);
+  }
   bool coin(int sides = 2) { return random_() % sides == 0; }
   int between(int a, int b) { return a + static_cast<int>(random_() % (b - a + 1)); }
   Dtype dtype() { return static_cast<Dtype>(random_() % kDtypes); }
@@ -469,7 +483,7 @@ class Case {
 
   std::mt19937_64& random_;
   int64_t rows_, features_, n_;
-  bool center_, dresidual_out_, dmean_, drstd_;
+  bool center_, round_before_scale_, dresidual_out_, dmean_, drstd_;
   Dtype x_, residual_, normalized_, y_, compute_, scale_dtype_, bias_dtype_;
   double scale_offset_, epsilon_;
   int64_t scale_groups_, bias_groups_, dscale_groups_;
@@ -512,7 +526,7 @@ void conversions() {
         std::memcpy(static_cast<char*>(all.data()) + 2 * i, &bits, 2);
         std::memcpy(static_cast<char*>(other.data()) + 2 * i, &random_bits, 2);
       }
-      kernels->widen[0][dtype](all.data(), 0, wide.data(), 65536);
+      kernels->widen[0][dtype](all.data(), 0, false, wide.data(), 65536);
       kernels->add[dtype][dtype](all.data(), other.data(), sums.data(), 65536);
       for (int i = 0; i < 65536; ++i) {
         const auto same = [](Real a, Real b) {
