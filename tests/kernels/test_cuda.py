@@ -1,7 +1,7 @@
 """The CUDA kernels without a GPU: values by emulation, the choice, the tiles, the launch.
 
 The emulation (tests/kernels/cuda, tests/support/cuda_emulation.py) runs the same CUDA C++
-on the CPU, twice, with the threads in another order, and demands the same bits.
+on the CPU twice, with the threads in a different order, and demands the same bits.
 `test_cuda_compiled.py` compiles the kernels for GPUs.
 """
 
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import rounded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding
@@ -47,7 +48,7 @@ class Case(NamedTuple):
     axis: tuple[int, ...] = (-1,)
     offset: float = 0.0
     scale_offset: float = 0.0
-    statistics: bool = False  # returned, and so with cotangents
+    statistics: bool = False  # returned, and then they have cotangents
     gpu: _tiles.Gpu = cuda_emulation.GPU
 
 
@@ -128,7 +129,7 @@ def check(case):
 
 @pytest.fixture
 def emulated(monkeypatch, quick_compilation):
-    """`emulated(gpu)` makes `implementation="cuda"` run here, as on that GPU."""
+    """`emulated(gpu)` makes `implementation="cuda"` run here as on that GPU."""
     jax.clear_caches()
     yield functools.partial(cuda_emulation.install, monkeypatch)
     jax.clear_caches()
@@ -161,6 +162,13 @@ def test_values_and_gradients_are_right(case, emulated):
 
 
 @needs_a_compiler
+@pytest.mark.parametrize("case", rounded.CASES, ids=str)
+def test_each_result_is_rounded_as_jax_would(case, emulated):
+    emulated()
+    rounded.check(case, (19, 160), "cuda")
+
+
+@needs_a_compiler
 def test_only_what_is_wanted_is_computed(emulated):
     emulated()
     params, (x,), dy, _ = draw(Case((30, 96)))
@@ -181,7 +189,7 @@ def test_only_what_is_wanted_is_computed(emulated):
 
 @needs_a_compiler
 def test_a_row_depends_on_that_row_alone(emulated):
-    """Not on the number of rows, nor on a NaN or an overflow in another one."""
+    """Not on the number of rows, nor on a NaN or an overflow in another row."""
     emulated()
     params, (x,), dy, _ = draw(Case((40, 100)))
     x = x.at[3, 7].set(jnp.nan).at[5, 2].set(jnp.inf).at[9].multiply(1e30)
@@ -226,7 +234,7 @@ def test_vmapped_gradients_and_second_derivatives(emulated):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
 
 
-# ---- the emulation notices what would be wrong on a GPU
+# ---- the emulation catches what would go wrong on a GPU
 
 RAGGED = Case((100, 1000))  # several turns of the ring
 PLANTED = {
@@ -279,7 +287,7 @@ def test_a_planted_bug_is_caught(bug, emulated, tmp_path):
 
 @pytest.fixture
 def available(monkeypatch):
-    """`available(gpu)`: as where NVRTC and the library are, and this GPU."""
+    """`available(gpu)`: as on a machine with NVRTC, the library and this GPU."""
     monkeypatch.setattr(cuda, "_unavailable", lambda gpu: None)
     image = _compile.Image(b"image", "digest")
     monkeypatch.setattr(_compile, "image", lambda macros, capability: image)
@@ -331,7 +339,7 @@ def test_it_is_the_default_where_a_gpu_has_timed_it(available):
         ((8, 64), "float32", H100, {"axis": 0}, "are not the last ones"),
     ),
 )
-def test_what_it_cannot_run_it_says(shape, dtype, gpu, options, reason, x64, available):
+def test_it_says_what_it_cannot_run(shape, dtype, gpu, options, reason, x64, available):
     available(gpu)
     found = jln.explain({}, jax.ShapeDtypeStruct(shape, dtype), **options)["cuda"]
     assert found.implementation == "xla"
@@ -339,7 +347,7 @@ def test_what_it_cannot_run_it_says(shape, dtype, gpu, options, reason, x64, ava
 
 
 def lowered(function, *arguments, **options):
-    """For a GPU, as text: the kernels in their order."""
+    """The kernels of the program lowered for a GPU, in their order."""
     traced = jax.jit(function, **options).trace(*arguments)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     return re.findall(r'kernel = "(norm_\w+)"', text)
@@ -465,14 +473,14 @@ def test_features_to_65536_have_a_tile(direction, itemsize):
     assert _tiles.tile(direction, 64, widest + 8, [itemsize], itemsize, A100) is None
 
 
-# ---- the launcher, against a driver that only says what it is asked for
+# ---- the launcher, with a driver that only prints what it is asked to do
 
 MOCK = pathlib.Path(__file__).parent / "cuda" / "mock_driver.cc"
 
 
 @pytest.fixture(scope="module")
 def mocked():
-    """`mocked(script, driver=True)`: its standard output, in a process that has them."""
+    """`mocked(script)`: its standard output, in a process with the mock of the driver."""
     if cuda_emulation.missing() is not None:
         pytest.skip(cuda_emulation.missing())
     include = jax.ffi.include_dir()

@@ -1,4 +1,4 @@
-"""What is compiled for CUDA GPUs, without one: bytes moved, registers, spills.
+"""Programs compiled for CUDA GPUs, without a GPU: bytes moved, registers, spills.
 
 `test_cuda.py` has the values of our kernels, by emulation.
 """
@@ -51,21 +51,21 @@ def compile_only(tmp_path, *arguments):
     ("shape", "joint"), (("8192x4096", 1.0), ("32768x128", 1.0), ("4096x768", 0.79))
 )
 def test_on_cuda_the_norm_moves_no_more_bytes_than_flaxs(shape, joint, tmp_path):
-    """In one jit, in a block, in scanned layers: `benchmarks/support/programs.py`."""
+    """In one jit, in a block, in scanned layers; see `benchmarks/support/programs.py`."""
     cases = compile_only(
         tmp_path, "--norms", "ours", "flax", "--programs", "joint", "block", "layers",
         "--shape", shape,
     )  # fmt: skip
     ours = [case for case in cases if case["norm"] == "ours"]
     assert len(ours) == 6
-    for case in ours:  # the third number a row makes the thousandth
+    for case in ours:  # the thousandth is the third number of each row
         most = joint if case["program"] == "joint" else 1
         assert case["over flax"] <= most + 0.001, case
 
 
 @pytest.mark.parametrize("shape", ("8192x1024", "16384x4096"))
 def test_the_cuda_kernels_move_the_least_bytes(shape, tmp_path):
-    """Whole programs: XLA copies nothing to call them."""
+    """In whole programs, because XLA copies nothing to call them."""
     programs = ("joint", "add joint")
     cases = compile_only(
         tmp_path, "--norms", "cuda", "--shape", shape, "--programs", *programs
@@ -100,7 +100,17 @@ def test_registers_suffice(gpu):
         assert image.data.startswith(b"\x7fELF")
 
 
-def kernel_of(direction, features, dtype, gpu, *, adds):
+@pytest.mark.parametrize("features", (768, 4096))
+def test_registers_suffice_for_rounding_before_the_scale(features):
+    for direction, adds in itertools.product(("forward", "backward"), (False, True)):
+        macros, _ = kernel_of(
+            direction, features, "bfloat16", GPUS[1], adds=adds, rounds=True
+        )
+        _, log = _compile.compiled(macros, 90, "--ptxas-options=-v")
+        assert re.search(r"(\d+) bytes spill stores", log)[1] == "0", (direction, adds)
+
+
+def kernel_of(direction, features, dtype, gpu, *, adds, rounds=False):
     """Macros and tile of a layer norm's kernel that does the most."""
     dtype, f32 = jnp.dtype(dtype), jnp.dtype("float32")
     read = [dtype.itemsize] * (1 + (direction == "backward") + adds)
@@ -108,7 +118,7 @@ def kernel_of(direction, features, dtype, gpu, *, adds):
     if tile is None:
         return None, None
     arrays = {"X": dtype, "SCALE": f32}
-    has = {"CENTER": True, "HAS_SCALE": True, "SCALE_OFFSET": 0.0}
+    has = {"CENTER": True, "ROUND": rounds, "HAS_SCALE": True, "SCALE_OFFSET": 0.0}
     if direction == "forward":
         arrays |= {"RESIDUAL": dtype, "RESIDUAL_OUT": dtype, "BIAS": f32, "Y": dtype}
         has |= {"HAS_RESIDUAL": adds, "HAS_BIAS": True, "HAS_STATISTICS": True}
@@ -121,7 +131,7 @@ def kernel_of(direction, features, dtype, gpu, *, adds):
 
 
 def test_an_image_is_the_same_each_time_and_compiled_once():
-    """The first keeps JAX's persistent cache useful, the second lowering cheap."""
+    """So JAX's persistent cache finds it, and lowering stays cheap."""
     macros, _ = kernel_of("forward", 768, "bfloat16", GPUS[1], adds=False)
     first = _compile.image(macros, 90)
     assert _compile.image(macros, 90) is first
@@ -130,7 +140,7 @@ def test_an_image_is_the_same_each_time_and_compiled_once():
     assert b".target sm_80" in ptx and ptx.endswith(b"\0")
 
 
-def test_what_the_compiler_says_is_told():
+def test_the_error_has_what_the_compiler_says():
     with pytest.raises(RuntimeError, match=r"cannot compile norm.cu:(.|\n)*error"):
         _compile.image(("JLN_FORWARD",), 90)
 

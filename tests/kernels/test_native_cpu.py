@@ -1,7 +1,7 @@
 """The CPU kernel as XLA calls it: rows, threads, processes, versions, export.
 
-`test_native_cpu_calls.py` tests the checks of its buffers. Its numbers are tested with
-those of the other implementations, and in C++ by `tests/kernels/native/driver.cc`
+`test_native_cpu_calls.py` tests the checks of its buffers. The tests of all
+implementations cover its numbers, and so does `tests/kernels/native/driver.cc` in C++
 (`make native`).
 """
 
@@ -52,7 +52,7 @@ def bits(tree):
 @pytest.mark.parametrize("shift", (1, 2, 3, 5))
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16"))
 def test_rows_that_start_at_odd_addresses_are_right(dtype, shift):
-    """No row but the first is aligned to a vector where a row is `8 * k + shift` long."""
+    """If a row is `8 * k + shift` long, only the first is aligned to a vector."""
     x, dy = draw(37, 64 + shift, dtype=dtype), draw(37, 64 + shift, dtype=dtype, seed=1)
     params = jln.init_params(64 + shift)
     y, (dparams, dx) = jax.jit(gradients)(params, x, dy)
@@ -181,7 +181,7 @@ def test_in_a_forked_process_the_kernel_returns_an_error():
 
 
 def test_a_fork_of_a_process_that_only_imported_the_package_may_compute():
-    """As a server does that imports the application and then forks its workers."""
+    """As in a server that imports the application and then forks its workers."""
     script(
         """
 import os, jax, jax.numpy as jnp, jax_layernorm as jln
@@ -223,7 +223,7 @@ def test_a_jaxlib_of_an_older_ffi_never_sees_the_library(version, tmp_path):
 
 
 @pytest.mark.usefixtures("unregistered")
-def test_what_cannot_be_loaded_or_compared_is_told(tmp_path):
+def test_the_reason_says_what_cannot_be_loaded_or_compared(tmp_path):
     assert "is not found in" in _library.load(_library.path(), tmp_path)
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"not a library")

@@ -1,8 +1,8 @@
 """The TPU kernels: their values in interpret mode, and what they are lowered to.
 
 Interpret mode, on CPU, shows values, what is read past the end, and what is read before
-it is written, but neither layouts nor limits; `test_tpu_compiled.py` is for these.
-Lowering for a TPU needs none, and shows which implementation a program runs.
+it is written, but neither layouts nor limits; `test_tpu_compiled.py` tests those.
+Lowering for a TPU needs no TPU, and shows which implementation a program runs.
 """
 
 import functools
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import rounded
 from jax import export, lax
 
 import jax_layernorm as jln
@@ -28,7 +29,7 @@ SHAPES = ((1, 128), (37, 64), (300, 128), (90, 256), (130, 768), (21, 1000), (40
 
 
 class OnTheCpu:
-    """The TPU kernels, where they would run if this were a TPU."""
+    """Runs the TPU kernels on the CPU, wherever they would run on a TPU."""
 
     def __init__(self):
         self.ran = []
@@ -50,10 +51,10 @@ class OnTheCpu:
 
 @pytest.fixture
 def interpreted(monkeypatch, quick_compilation):
-    """The kernels are what `implementation="pallas_tpu"` means here, interpreted.
+    """`implementation="pallas_tpu"` runs the kernels here, interpreted.
 
-    Without XLA's fusions, which take a sum twice, in two orders, where two of them use
-    it: a TPU has one of a kernel's sums.
+    XLA's fusions are off, because two fusions that use the same sum compute it twice, in
+    two orders. On a TPU a kernel computes each sum once.
     """
     kernel = OnTheCpu()
     monkeypatch.setitem(_kernels.KERNELS, "pallas_tpu", kernel)
@@ -101,11 +102,25 @@ def test_values_and_gradients_are_right(function, dtype, shape, interpreted):
     oracle.assert_right(out, params, x, dy, center=function is jln.layer_norm)
 
 
+@pytest.mark.parametrize(
+    ("case", "features"),
+    [
+        (case, (128, 768, 2304)[i % 3])
+        for i, case in enumerate(rounded.CASES)
+        if "float16" not in (case.dtype, case.scale)
+    ],
+    ids=str,
+)
+def test_each_result_is_rounded_as_jax_would(case, features, interpreted):
+    rounded.check(case, (37, features), "pallas_tpu")
+    assert interpreted.ran[:2] == ["forward", "backward"]
+
+
 @pytest.mark.parametrize(("rows", "at_once"), ((33, _backward.AT_ONCE), (290, 0)))
 def test_blocks_of_a_few_rows_find_their_statistics(
     rows, at_once, interpreted, monkeypatch
 ):
-    """As those of very wide rows: a few, or all of them, have theirs read at once."""
+    """As in very wide rows; the statistics of a few rows, or of all, are read at once."""
     features = 2304
     monkeypatch.setattr(_backward, "AT_ONCE", at_once)
     monkeypatch.setattr(_blocks, "BLOCK_BYTES", 32 * features * 4)
@@ -195,7 +210,7 @@ def test_statistics_are_right(features, rows, dtype, interpreted):
 def test_the_order_of_a_rows_sums_does_not_depend_on_how_many_rows_there_are(
     features, itemsizes
 ):
-    """Values would not show it: interpreted, the sums are XLA's."""
+    """Values would not show it, because XLA takes the sums of interpreted kernels."""
     for module, backward in ((_forward, False), (_backward, True)):
         cuts = [
             _blocks.blocks(rows, features, itemsizes, module.STEP, backward=backward)
@@ -216,7 +231,7 @@ def test_the_rsqrt_for_bfloat16_is_right_to_a_part_of_its_last_place():
 
 
 def test_few_rows_are_computed_once(monkeypatch):
-    """And not again until there are statistics of 128, to fill a register."""
+    """And not a second time until the statistics of 128 rows fill a register."""
     grids, call = [], _blocks.call
 
     def noted(*args, grid, **options):
@@ -252,7 +267,7 @@ def test_a_row_of_nan_stays_alone_and_a_constant_one_is_the_bias(
 
 @pytest.mark.parametrize(("features", "dtype"), ((128, "bfloat16"), (2304, "float32")))
 def test_epsilon_may_be_0(features, dtype, interpreted):
-    """Also where rows past the end have no variance."""
+    """Even if rows past the end have no variance."""
     params, x, _, dy, _ = draw((37, features), dtype=dtype)
     out = value_and_gradients(jln.layer_norm, params, x, dy, epsilon=0.0)
     oracle.assert_right(out, params, x, dy, epsilon=0.0)
@@ -273,7 +288,7 @@ def test_vmap_and_scan_keep_the_kernel(interpreted):
     norm = functools.partial(jln.layer_norm, implementation="pallas_tpu")
 
     @jax.jit
-    def mapped(x, dy):  # without parameters: else each example has gradients of its own
+    def mapped(x, dy):  # no parameters, because they would have gradients per example
         y, pullback = jax.vjp(jax.vmap(functools.partial(norm, {})), x)
         return y, {}, *pullback(dy)
 
@@ -318,7 +333,7 @@ def test_both_passes_lower_to_one_kernel_each(shape, dtype, x64):
         ((0, 128), "float32", "x is empty"),
     ),
 )
-def test_what_it_cannot_run_is_told_at_lowering(shape, dtype, reason):
+def test_it_says_at_lowering_what_it_cannot_run(shape, dtype, reason):
     x = jax.ShapeDtypeStruct(shape, dtype)
     norm = functools.partial(jln.layer_norm, {}, implementation="pallas_tpu")
     with pytest.raises(NotImplementedError, match=reason):

@@ -56,6 +56,6 @@ def test_leading_axes_become_rows_and_groups(shape, scale, bias, axes, expected)
         (forward(array(2, 6), array(2, 1)), "is not one row of features"),
     ],
 )
-def test_what_is_no_matrix_has_a_reason(problem, reason):
+def test_a_problem_that_is_not_a_matrix_has_a_reason(problem, reason):
     with pytest.raises(NotImplementedError, match=re.escape(reason)):
         as_rows(problem)

@@ -1,7 +1,7 @@
 """The TPU kernels as the TPU compiler sees them: bytes, layouts, limits; without a TPU.
 
-Needs the `libtpu` wheel, which `make compiled` installs. One process at a time can hold
-that compiler, so these run in one.
+They need the `libtpu` wheel, which `make compiled` installs. Only one process at a time
+can hold that compiler, so all tests run in the same process.
 """
 
 import functools
@@ -75,8 +75,8 @@ def test_each_array_crosses_memory_once(generation, shape, dtype, name):
         ("8192x2048", "bfloat16", "block"),
     ],
 )
-def test_the_form_for_xla_moves_no_more_bytes_than_flaxs_norm(shape, dtype, program):
-    """But for eight elements of a row, which are read to guess its mean."""
+def test_the_xla_implementation_moves_no_more_bytes_than_flaxs(shape, dtype, program):
+    """Except eight elements of a row, which are read to guess its mean."""
     shape, device = shapes.parse(shape), compilers.device("tpu", "v5e")
     moved = {
         norm: compile_only.measure("tpu", device, program, norm, shape, dtype)["bytes"]
@@ -88,7 +88,7 @@ def test_the_form_for_xla_moves_no_more_bytes_than_flaxs_norm(shape, dtype, prog
 
 
 def test_the_kernels_of_a_decoder_are_told_apart():
-    """By which `benchmarks.tpu_layers` counts their cycles."""
+    """`benchmarks.tpu_layers` needs this to count their cycles."""
     shape, device = shapes.parse("1024x256"), compilers.device("tpu", "v5e")
     norm, add_norm = tpu_layers.norm_called("fused add")
     made = programs.decoder(
@@ -131,6 +131,23 @@ def test_the_statistics_of_as_many_rows_as_are_read_at_once_fit(features, dtype)
     device = compilers.device("tpu", "v5e")
     hlo = compilers.compile_for("tpu", device, *made).as_text()
     assert "tpu_custom_call" in hlo
+
+
+@pytest.mark.parametrize("features", (128, 1024, 16384))
+def test_rounding_before_the_scale_compiles(features):
+    norm = functools.partial(
+        jln.layer_norm, round_before_scale=True, implementation="pallas_tpu"
+    )
+
+    def both(params, x, dy):
+        y, pullback = jax.vjp(norm, params, x)
+        return y, *pullback(dy)
+
+    x = jax.ShapeDtypeStruct((4096, features), "bfloat16")
+    params = {k: jax.ShapeDtypeStruct((features,), x.dtype) for k in ("scale", "bias")}
+    device = compilers.device("tpu", "v5e")
+    hlo = compilers.compile_for("tpu", device, both, (params, x, x)).as_text()
+    assert len(re.findall("layer_norm_(?:for|back)ward.*tpu_custom_call", hlo)) == 2
 
 
 LAYOUTS = {  # of x and of the parameters over two by two chips

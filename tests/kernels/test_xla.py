@@ -1,4 +1,4 @@
-"""The form that XLA is given on a GPU, and what it computes, on the CPU."""
+"""The XLA implementation for GPUs and for CPUs, run on the CPU."""
 
 import functools
 
@@ -39,7 +39,7 @@ def test_rows_are_summed_in_parts_where_a_power_of_two_divides_them(shape, part)
 
 
 @pytest.mark.parametrize("shape", IN_ONE, ids=str)
-def test_and_elsewhere_at_once(shape):
+def test_other_rows_are_summed_at_once(shape):
     assert "optimization_barrier" not in sum_of(shape, len(shape) - 1)
 
 
@@ -50,7 +50,9 @@ def value_and_gradients(params, x, dy, **options):
 
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
 @pytest.mark.parametrize("shape", ((2, 256, 96), (1000, 24), (257, 40)), ids=str)
-def test_gradients_of_the_form_for_gpus_are_right(shape, dtype, monkeypatch):
+def test_gradients_of_the_xla_implementation_for_gpus_are_right(
+    shape, dtype, monkeypatch
+):
     form = implementations.XlaAsOn("cuda")
     monkeypatch.setitem(implementations.KERNELS, "xla_as_on_cuda", form)
     rng = np.random.default_rng(0)
@@ -67,7 +69,7 @@ def test_gradients_of_the_form_for_gpus_are_right(shape, dtype, monkeypatch):
 @pytest.mark.parametrize("platform", ("cuda", "rocm", "tpu"))
 @pytest.mark.parametrize("devices", (1, 2))
 def test_parts_are_for_one_gpu(devices, platform):
-    """Of rows that XLA splits over devices, parts would have to be exchanged."""
+    """If XLA splits the rows over devices, they would have to exchange parts."""
     mesh = jax.make_mesh((devices,), ("data",), (AxisType.Auto,))
     rows = NamedSharding(mesh, P("data"))
     x = jax.ShapeDtypeStruct((4096, 40), "float32", sharding=rows)

@@ -161,8 +161,16 @@ def product(a: Any, b: Any, transposed: bool = False) -> Any:
 
 
 def rounded(x: Any, dtype: Any) -> Any:
-    """`x` rounded to `dtype`, in float32. Mosaic does not drop a cast there and back."""
-    return x.astype(dtype).astype(jnp.float32)
+    """`x` rounded to bfloat16, in float32; any other `dtype` leaves it as it is.
+
+    To nearest, ties to even, in integers, because a compiler may drop a cast there and
+    back.
+    """
+    if dtype != jnp.bfloat16:
+        return x
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & ~0xFFFF
+    return jnp.where(x == x, lax.bitcast_convert_type(bits, jnp.float32), x)
 
 
 def in_steps(blocks: Blocks, body: Callable[[Any, Any], None]) -> None:
