@@ -1,4 +1,4 @@
-# `make train`, `make embed` and `make test` set up what they need; only Python 3.11+ and make are asked for.
+# `make train`, `make embed` and `make test` set up what they need. You need only make and Python 3.11 or newer.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,19 +11,20 @@ WORKERS ?= auto
 .PHONY: help train embed test bench mutants compiled lint types notebooks notebooks-build docs wheel native manylinux check-release clean
 
 help:
-	@echo "make train      train the decoder-only transformer into OUT=$(OUT), or go on with it"
+	@echo "make train      train the decoder-only transformer in OUT=$(OUT), or resume it"
 	@echo "                (more options: make train ARGS='--norm rmsnorm --steps 200')"
 	@echo "make embed      embed sentences with MiniLM and print how similar they are"
 	@echo "                (your own: make embed ARGS='\"A cat sleeps.\" \"The kitten naps.\"')"
 	@echo "make test       run the tests"
 	@echo "make bench      measure speed, memory and accuracy in a few minutes, into build/bench"
 	@echo "make mutants    make small slips in the core and count those that the tests notice"
-	@echo "make compiled   compile for TPUs and CUDA, without one, and count bytes"
+	@echo "make compiled   compile for TPUs and CUDA, without the device, and count bytes"
 	@echo "make lint       ruff and pyrefly"
 	@echo "make notebooks  run the notebooks and compare each with its .py;"
-	@echo "                make notebooks-build writes them anew from the .py"
+	@echo "                make notebooks-build writes them again from the .py"
 	@echo "make docs       build the documentation site into build/docs"
-	@echo "make wheel      build the wheel and the sdist into dist/; make manylinux: for others"
+	@echo "make wheel      build the wheel and the sdist into dist/;"
+	@echo "                make manylinux builds a wheel for other machines"
 	@echo "make check-release  build what a release uploads, and try it in empty environments"
 	@echo "make native     test the C++ kernel by itself, also under sanitizers"
 
@@ -46,8 +47,8 @@ $(VENV)/.%: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --group $*
 	@touch $@
 
-# These groups need the package too. It stands behind a bar, so that a change of the C++
-# installs the package again, but not the groups.
+# These groups need the package too. It is an order-only prerequisite, so that a change of
+# the C++ installs the package again, but not the groups.
 NEEDS_PACKAGE = example encoder test compiled notebook docs
 $(NEEDS_PACKAGE:%=$(VENV)/.%): | $(VENV)/.package
 
@@ -71,13 +72,13 @@ bench: $(VENV)/.test
 mutants: $(VENV)/.test $(VENV)/.mutants
 	$(BIN)/python tests/mutants.py $(ARGS)
 
-# In an environment of its own: where libtpu is installed, JAX looks for a TPU.
+# In a separate environment, because JAX looks for a TPU if libtpu is installed.
 compiled:
 	$(MAKE) VENV=$(VENV)-compiled $(VENV)-compiled/.compiled $(VENV)-compiled/.cuda
 	JAX_PLATFORMS=cpu $(VENV)-compiled/bin/pytest -rs tests/kernels/test_tpu_compiled.py tests/kernels/test_cuda_compiled.py $(ARGS)
 
-# The compilers for CUDA: jax's plugin and six of the wheels that it asks for, of which
-# there are many more for running.
+# The compilers for CUDA: jax's plugin and six of the wheels that it asks for. The others
+# are needed only to run programs.
 $(VENV)/.cuda: $(VENV)/.compiled
 	$(BIN)/python -m pip install --quiet --no-deps $$($(BIN)/python -c \
 	  'import jax; print(*(f"jax-cuda13-{part}=={jax.__version__}" for part in ("plugin", "pjrt")))') \
@@ -124,7 +125,8 @@ native: $(VENV)/.native
 	    && echo "sanitizer: $$sanitizer" && $$folder/driver $${run#*:} || exit 1; \
 	done
 
-# A wheel for other machines: of the oldest manylinux that this one's libraries allow.
+# A wheel for other machines, with the tag of the oldest manylinux that the libraries of
+# this machine allow.
 manylinux: wheel
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --strip -w dist/manylinux dist/*-linux_*.whl
 

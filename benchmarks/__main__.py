@@ -7,10 +7,11 @@
     compile_only_cuda  the same on a CUDA GPU
     run                norms on a GPU or TPU, if JAX's default device is one
 
-Each is a command of its own name with few problems. A part that cannot run here is left
-out and the reason printed. Each part writes PART.json into the folder, and cpu draws
-cpu.png. The summary has geometric means of times over the shapes, and the largest errors
-over the offsets; lower is better in all of its rows. Not all parts measure all norms.
+Each part runs the command of that name with few problems. If a part cannot run here, it
+is left out and the reason is printed. Each part writes PART.json into the folder, and
+cpu draws cpu.png. The summary has geometric means of times over the shapes, and the
+largest errors over the offsets; lower is better in all of its rows. Not all parts
+measure all norms.
 
     python -m benchmarks
     python -m benchmarks --parts cpu accuracy
@@ -41,11 +42,11 @@ class Part(NamedTuple):
     short: str
     """Its arguments."""
     tiny: str
-    """Those of a test of this file."""
+    """Arguments for the tests of this file."""
     by: tuple[str, ...]
     """Results that share these are one row."""
     values: dict[str, str]
-    """Names in the results, and their units; each is a row."""
+    """Names in the results, and their units; each name is a row."""
     combine: Callable[[Any], float] = statistics.geometric_mean
 
 
@@ -92,7 +93,7 @@ PARTS = {
 def left_out(name: str) -> str | None:
     """Why this part cannot run here, or None."""
     if name == "cpu" and not hasattr(os, "sched_getaffinity"):
-        return "it keeps to cores, which needs Linux"
+        return "it chooses the cores it runs on, which needs Linux"
     if name.startswith("compile_only"):
         return compilers.unavailable(name.removeprefix("compile_only_"))
     if name == "run" and default_backend() == "cpu":
@@ -101,7 +102,7 @@ def left_out(name: str) -> str | None:
 
 
 def default_backend() -> str:
-    """JAX's, asked in another process: here it would hold the device."""
+    """JAX's; another process looks it up, because this one would hold the device."""
     program = "import jax; print(jax.default_backend())"
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
@@ -172,7 +173,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = report.parser(__doc__, json=False)
     parser.add_argument("--out", type=pathlib.Path, default="build/bench")
     parser.add_argument("--parts", nargs="+", default=[*PARTS], choices=[*PARTS])
-    parser.add_argument("--tiny", action="store_true", help="to test that it runs")
+    parser.add_argument("--tiny", action="store_true", help="only test that it runs")
     peers.add_allow_xla(parser)
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)

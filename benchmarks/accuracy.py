@@ -6,9 +6,9 @@ compared with NumPy in float64 (`benchmarks.support.errors`), or in long double 
 float64 rows. Parameters are float32, or float64 for float64 rows.
 
 Each cell of the table is `maximum / 99th percentile`, the worst over the shapes and
-seeds; lower is better. Two things are checked: ours is nowhere more than half a unit
-worse than the best peer; and in float32 at offsets of 1e2 and more, ours is strictly the
-best in y, dx and dscale (dbias is a sum of dy alone).
+seeds; lower is better. Two things are checked. Ours is never more than half a unit worse
+than the best peer. In float32 at offsets of 1e2 and more, ours is strictly the best in y,
+dx and dscale (dbias is only a sum of dy).
 
     python -m benchmarks.accuracy --dtypes float32 --offsets 0 1e4
 """
@@ -48,7 +48,7 @@ def wide_enough(dtype: str) -> Iterator[None]:
 
 
 def runners(names: Iterable[str]) -> dict[str, Callable[..., Any]]:
-    """Forward and backward pass of each norm that is here."""
+    """Forward and backward pass of each norm that can run here."""
     return {
         name: torch_peer.forward_backward
         if peer.norm is None
@@ -85,7 +85,7 @@ def measure(
 
 
 def verdict(dtype: str, offset: float, result: str, errors: dict[str, Errors]) -> str:
-    """What is checked and does not hold, or ''."""
+    """The check that does not hold, or ''."""
     others = {name: e.max for name, e in errors.items() if name not in peers.OURS}
     if "ours" not in errors or not others:
         return ""

@@ -1,14 +1,14 @@
 """How many bytes compiled programs move, on TPU and CUDA, without the hardware.
 
-Programs: joint, forward and backward in one jit; block, in which the norm stands beside
+Programs: joint, forward and backward in one jit; block, a norm followed by matrix
 products; layers, a scanned decoder of 4 layers with two norms each; and the others in
 `benchmarks.support.programs`. Parameters are float32.
 
 The table gives bytes per element of x, where each operand and result of a kernel counts
-once; the same over the least bytes that the program could move ("over the floor") and
-over Flax's; temporary memory in MiB; and the seconds of lowering the program, in which
-our CUDA kernels are compiled. Lower is better. The norm "equations" is our
-XLA implementation without its barriers, sums in parts and one-pass statistics.
+once; these bytes divided by the least that the program could move ("over the floor") and
+by Flax's; temporary memory in MiB; and the seconds to lower the program, which includes
+compiling our CUDA kernels. Lower is better. The norm "equations" is our XLA
+implementation without its barriers, sums in parts and one-pass statistics.
 
 The wheels that this needs are listed in `benchmarks/support/compilers.py`.
 
@@ -57,7 +57,7 @@ class Equations:
 
 @contextlib.contextmanager
 def equations_registered() -> Iterator[None]:
-    """Makes `implementation="equations"` known; the last in the order of preference."""
+    """Registers `implementation="equations"`, last in the order of preference."""
     KERNELS[EQUATIONS] = Equations()
     try:
         yield
@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shape", type=shapes.parse, default=shapes.SHAPES["large"])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument(
-        "--kernels", action="store_true", help="and bytes of each kernel"
+        "--kernels", action="store_true", help="also print the bytes of each kernel"
     )
     options = parser.parse_args(arguments)
     platform = options.platform

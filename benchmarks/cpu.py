@@ -1,13 +1,14 @@
-"""Times of layer norms on a CPU, ours beside others', and beside copying.
+"""Times of layer norms on a CPU: ours, those of other packages, and copying.
 
 Programs, defined in `benchmarks.support.programs`: inference, the forward pass alone;
-joint, forward and backward in one; add, the norm of a residual sum; add joint. Two more
-names of `--norms` are no norms: "copy" copies the inputs and computes nothing, "floor"
-reads the same inputs as the norm and writes the same outputs. Parameters are float32.
+joint, forward and backward in one; add, the norm of a residual sum; add joint. `--norms`
+takes two more names that are not norms: "copy" copies the inputs and computes nothing,
+"floor" reads the same inputs as the norm and writes the same outputs. Parameters are
+float32.
 
 The table gives medians over interleaved repetitions in ms, and in parentheses how many
 times as long as ours; lower is better. A pause before each measurement lets torch's
-threads fall asleep; otherwise they spin and take the core from whoever comes next. The
+threads fall asleep; otherwise they would spin and take cores from the next norm. The
 JSON also has the errors of joint in units in the last place
 (`benchmarks.support.errors`).
 
@@ -103,7 +104,7 @@ def measure(
 def errors_of(
     name: str, program: str, run: Callable[[], Any], given: Any, right: Any
 ) -> dict[str, Any]:
-    """Of y, dx, dscale, dbias, the largest, in units in the last place."""
+    """The largest errors of y, dx, dscale and dbias, in units in the last place."""
     if program != "joint" or name in BASELINES:
         return {}
     out = run()
@@ -206,7 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repetitions", type=int, default=11)
     parser.add_argument(
         "--threads", nargs="+", type=int, default=[os.cpu_count()],
-        help="cores to keep to; each number in a process of its own",
+        help="cores to use; each number runs in a separate process",
     )  # fmt: skip
     parser.add_argument("--plot", metavar="FILE", help="also draw joint's ratios here")
     options = parser.parse_args(arguments)
@@ -230,12 +231,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def in_children(threads: list[int], arguments: list[str]) -> list[dict[str, Any]]:
-    """XLA and torch make as many threads as there are cores when they start."""
+    """In one process each, because XLA and torch start a thread for each core."""
     results, all_cores = [], sorted(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         for number in threads:
             path = os.path.join(folder, f"{number}.json")
-            os.sched_setaffinity(0, all_cores[:number])  # which the child inherits
+            os.sched_setaffinity(0, all_cores[:number])  # the child inherits them
             command = [sys.executable, "-m", "benchmarks.cpu", *arguments]
             command += ["--threads", str(number), "--json", path, "--plot", ""]
             done = subprocess.run(command, check=False)

@@ -1,9 +1,10 @@
-"""Times of XLA's implementation on a CPU beside Flax's norm, where no kernel runs.
+"""Times of the XLA implementation on a CPU beside Flax's norm, where no kernel runs.
 
-That is without a C++ compiler ("last axis", "residual"), over other axes, with a mask, and
-where XLA partitions the program ("sharded", over 2 devices along the batch). Inference is
-the forward pass alone; joint is forward and backward in one program. Parameters are
-float32. Lower is better; medians over interleaved repetitions.
+No kernel runs without a C++ compiler ("last axis", "residual"), over other axes, with a
+mask, and if XLA partitions the program ("sharded", over 2 devices along the batch).
+Inference is the forward pass alone; joint is forward and backward in one program.
+Parameters are float32. The table gives medians over interleaved repetitions; lower is
+better.
 
     python -m benchmarks.cpu_without_kernel
     taskset -c 0 python -m benchmarks.cpu_without_kernel    # on one core
@@ -51,7 +52,7 @@ Norm = Callable[..., Any]
 
 
 def norms(case: Case, mask: Any, dtype: Any) -> dict[str, Norm]:
-    """Each of `(params, x, residual)`; the residual is None if there is none."""
+    """Each takes `(params, x, residual)`; the residual is None if there is none."""
 
     def ours(params: Any, x: Any, residual: Any) -> Any:
         options = {"axis": case.axis, "mask": mask, "implementation": "xla"}

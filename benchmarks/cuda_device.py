@@ -1,17 +1,17 @@
 """Is the CUDA kernel right on this GPU, how fast is it, and are its tiles the best?
 
-Stages, in this order unless some are named; each writes its lines as they are found:
+All stages run in this order, unless some are named. Each prints its results as it goes:
 
-  smoke     small norms are launched, forward and backward
+  smoke     launches small norms, forward and backward
   values    every shape, both dtypes, every norm: errors in units in the last place
-            against float64 NumPy, and the same bits a second time
-  times     `benchmarks.run`: beside XLA, Flax, tokamax, torch, a copy; FILE.times.json
-  graph     smoke in a CUDA graph, in a process of its own
-  sanitize  smoke under compute-sanitizer's racecheck and memcheck, likewise
+            against float64 NumPy, and whether a second run gives the same bits
+  times     `benchmarks.run` with XLA, Flax, tokamax, torch and a copy; FILE.times.json
+  graph     smoke in a CUDA graph, in a separate process
+  sanitize  smoke under compute-sanitizer's racecheck and memcheck, in a separate process
   sweep     forward and backward with other tiles than those that _tiles.py chooses
 
-A stage that has no time left stops, and says so. The whole plan takes about 10 minutes
-on an H100:
+A stage that has no time left stops, and says so. All stages together take about 10
+minutes on an H100:
 
     python -m benchmarks.cuda_device --json cuda_device.jsonl
 """
@@ -148,7 +148,7 @@ def sweep(say: Say, options: Any) -> None:
 
 
 def in_a_process(say: Say, *command: str, **environment: str) -> None:
-    """Smoke, started by `command`; its last lines if it fails."""
+    """Runs smoke by `command`; prints its last lines if it fails."""
     done = subprocess.run(
         [*command, sys.executable, "-m", "benchmarks.cuda_device", "smoke"],
         env=os.environ | environment, capture_output=True, text=True, check=False,
@@ -176,9 +176,9 @@ def main(command_line: list[str] | None = None) -> int:
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
     shapes.add_argument(parser, SHAPES)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--norms", nargs="+", default=PEERS, help="of times")
-    parser.add_argument("--calls", type=int, default=20, help="that are profiled")
-    parser.add_argument("--seconds", type=float, default=560, help="that there are")
+    parser.add_argument("--norms", nargs="+", default=PEERS, help="norms for times")
+    parser.add_argument("--calls", type=int, default=20, help="calls to profile")
+    parser.add_argument("--seconds", type=float, default=560, help="time limit")
     options = parser.parse_args(command_line)
     stages = options.stages or STAGES
     if unknown := set(stages) - set(STAGES):

@@ -1,10 +1,10 @@
 """Time and memory of a training step of `examples/decoder` with each norm, on any device.
 
-The step is the example's own: AdamW, 16 windows of 128 bytes. "none" is no norm at all;
-the time that is left is not the norm's. "ours fused" is ours with the sum before each
-norm in the norm, `norm(branch, residual=x)`. The table gives medians over interleaved
-repetitions in ms, how many times as long as Flax's, and the temporary memory of the
-compiled step in MiB; lower is better.
+The step is that of the example: AdamW, 16 windows of 128 bytes. "none" is a model
+without norms, which shows how much of the time is not the norms'. "ours fused" is ours
+with the sum before each norm computed by the norm, `norm(branch, residual=x)`. The table
+gives medians over interleaved repetitions in ms, how many times as long as Flax's, and
+the temporary memory of the compiled step in MiB; lower is better.
 
     python -m benchmarks.decoder_step --widths 128
 """
@@ -36,7 +36,7 @@ NORMS = ("ours", FUSED, "xla", "flax", "none")
 
 
 class NoNorm(flax.linen.Module):
-    """Its parameters are there, so that the optimizer does the same."""
+    """Returns `x`, but has a norm's parameters, so the optimizer does the same work."""
 
     dtype: Any = None
 
@@ -56,7 +56,7 @@ class Terms(NamedTuple):
 
 
 class NormOfSum(flax.linen.Module):
-    """The norm after the last block: of `Terms`."""
+    """The norm after the last block, which takes `Terms`."""
 
     dtype: Any = None
 
@@ -100,7 +100,7 @@ class Step(NamedTuple):
 def step_of(
     norm: str, config: decoder.DecoderConfig, settings: training.TrainingConfig
 ) -> Step:
-    """Of the model with one of `modules`; `config.norm` does not matter."""
+    """The step of the model with one of `modules`; `config.norm` does not matter."""
     fused = unittest.mock.patch.object(decoder, "Block", FusedBlock)
     module = unittest.mock.patch.dict(decoder.NORMS, {config.norm: modules()[norm]})
     with module, fused if norm == FUSED else contextlib.nullcontext():

@@ -1,13 +1,13 @@
-"""What the Python around a norm costs, ours beside Flax's linen.LayerNorm, on any device.
+"""What the Python around a norm costs, ours and Flax's linen.LayerNorm, on any device.
 
 lower   trace and lower 48 norms under value_and_grad, from empty caches
 eager   one call outside jit
-import  `import jax_layernorm` over `import jax`, in fresh processes
+import  `import jax_layernorm` after `import jax`, in fresh processes
 
-A norm is called as a function, `norm(params, x)`; one that has a Flax module is also
-called as that, "NAME linen", by `module.apply`. Flax's norms are modules alone. The table
-gives medians in ms, and how many times as long as Flax's; lower is better. Targets:
-lowering ours takes at most a quarter of Flax's time, an eager call at most a twentieth.
+A norm is called as a function, `norm(params, x)`. If it has a Flax module, it is also
+called by `module.apply`, as "NAME linen". Flax's norms are modules only. The table gives
+medians in ms, and how many times as long as Flax's; lower is better. The target is that
+lowering ours takes at most a quarter of Flax's time, and an eager call a twentieth.
 
     python -m benchmarks.overhead --count 12
 """
@@ -49,7 +49,7 @@ def by_calls(found: Mapping[str, peers.Peer]) -> tuple[dict[str, Any], dict[str,
 def lowering(
     found: Mapping[str, peers.Peer], count: int, x: jax.Array
 ) -> dict[str, Callable[[], object]]:
-    """Functions that lower `count` norms, each time as norms that JAX has not seen."""
+    """Functions that lower `count` norms, each time norms that JAX has not seen."""
     params = [jln.init_params(x.shape[-1]) for _ in range(count)]
     named = {f"LayerNorm_{i}": p for i, p in enumerate(params)}
 
@@ -152,7 +152,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--features", type=int, default=128)
     parser.add_argument(
-        "--profile", metavar="NAME", help="cProfile of one lowering: flax, ours, ..."
+        "--profile", metavar="NAME", help="only profile the lowering of flax, ours, ..."
     )
     options = parser.parse_args(arguments)
     x = jnp.ones((options.batch, options.features))

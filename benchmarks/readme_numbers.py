@@ -6,7 +6,7 @@ README.md holds each text below between comments that do not show when it is ren
     python -m benchmarks.readme_numbers             print the texts
     python -m benchmarks.readme_numbers --write     write them into README.md, and draw
                                                     results/readme.png
-    python -m benchmarks.readme_numbers --memory    count anew what norms keep for the
+    python -m benchmarks.readme_numbers --memory    count again what norms keep for the
                                                     backward pass: results/memory.json
 """
 
@@ -24,7 +24,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 PICTURE = RESULTS / "readme.png"
 PACKAGES = ("flax", "tokamax", "equinox", "torch")
-"""The norms that are somebody else's."""
+"""The norms of other packages."""
 
 
 def load(name: str) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def draw(path: pathlib.Path) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = report.parser(__doc__, json=False)
     parser.add_argument("--write", action="store_true", help="write README.md")
-    parser.add_argument("--memory", action="store_true", help="count the memory anew")
+    parser.add_argument("--memory", action="store_true", help="count the memory again")
     options = parser.parse_args(arguments)
     if options.memory:
         found = memory()

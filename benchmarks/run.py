@@ -1,18 +1,18 @@
 """Times of layer norms on a GPU or TPU by its own clock, ours beside others'.
 
-Programs, defined in `benchmarks.support.programs`: forward, with what it saves for the
-backward pass; backward, from what that saved; joint, both in one; block. "copy" copies x,
-which shows what the memory can do. Parameters are float32.
+Programs, defined in `benchmarks.support.programs`: forward, including what it saves for
+the backward pass; backward, from what forward saved; joint, both in one; block. "copy"
+copies x, which shows how fast the memory is. Parameters are float32.
 
 "device ms" is the median over calls of the time in which `jax.profiler` saw the device
 work, so the host does not count; "wall ms" is the time of queued calls divided by their
 number. Calls take turns with up to eight sets of inputs, at most 256 MiB together, so
 that large inputs are in no cache. "first call s" is mostly tracing, lowering and
-compiling. "floor arrays" is how many arrays of the size of x the
-program reads or writes at the least, and "GB/s" the bytes of these over its time (higher
-is better). Errors of y, dx, dscale and dbias are in units in the last place
-(`benchmarks.support.errors`). A CPU has no clock of its own, so it gets wall times only;
-`benchmarks.cpu` measures CPUs.
+compiling. "floor arrays" is how many arrays of the size of x the program must at least
+read or write, and "GB/s" is their bytes divided by its time (higher is better). Errors of
+y, dx, dscale and dbias are in units in the last place (`benchmarks.support.errors`). On a
+CPU only wall times are measured, because a CPU has no clock of its own; use
+`benchmarks.cpu` for CPUs.
 
     python -m benchmarks.run --json run.json
 """
@@ -41,7 +41,7 @@ ROTATED_BYTES = 256 << 20
 
 @functools.lru_cache(1)  # the norms of a table share them
 def drawn(shape: shapes.Shape, dtype: Any) -> list[tuple[Any, jax.Array, jax.Array]]:
-    """Sets of `params, x, dy`, as many as it takes to keep large ones out of caches."""
+    """Sets of `params, x, dy`, enough of them to keep large ones out of caches."""
     array = shape.rows * shape.features * dtype.itemsize
     sets = max(1, min(8, ROTATED_BYTES // (3 * array)))
     return [errors.inputs(shape, 1.0, dtype, seed) for seed in range(sets)]
@@ -49,7 +49,7 @@ def drawn(shape: shapes.Shape, dtype: Any) -> list[tuple[Any, jax.Array, jax.Arr
 
 @functools.lru_cache(1)
 def right(shape: shapes.Shape, dtype: Any) -> list[np.ndarray]:
-    """The right results for the first set of `drawn`."""
+    """The correct results for the first set of `drawn`."""
     return errors.oracle(*drawn(shape, dtype)[0])
 
 
@@ -103,8 +103,9 @@ def device_seconds(profile: Any, calls: int) -> float | None:
         )
         if not events or len(events) % calls:
             raise ValueError(
-                f"each of {calls} calls must have left as many events on {plane.name},"
-                f" and there are {len(events)}; profile nothing else meanwhile."
+                f"each of {calls} calls must leave the same number of events on"
+                f" {plane.name}; got {len(events)} events. Profile nothing else"
+                " meanwhile."
             )
         each = len(events) // calls
         of_calls = (events[i : i + each] for i in range(0, len(events), each))
@@ -176,7 +177,7 @@ def measure(
 
 
 def measure_torch(options: Any) -> list[dict[str, Any]]:
-    """The rows of the norms in torch, which need a GPU; prints why one has none."""
+    """The rows of the norms in torch, which need a GPU; prints why one is left out."""
     rows = []
     for name in options.norms:
         if name not in torch_gpu.NORMS:
@@ -200,7 +201,7 @@ def main(command_line: list[str] | None = None) -> None:
     parser.add_argument("--programs", nargs="+", default=PROGRAMS, choices=PROGRAMS)
     known = dict.fromkeys((*peers.JAX_NORMS, "copy", *torch_gpu.NORMS))
     peers.add_argument(parser, NORMS, known)
-    parser.add_argument("--calls", type=int, default=20, help="that are profiled")
+    parser.add_argument("--calls", type=int, default=20, help="calls to profile")
     options = parser.parse_args(command_line)
     where = report.environment()
     report.print_environment(where)

@@ -1,14 +1,14 @@
 """What a norm communicates: collectives of programs compiled for many devices.
 
-"placements": a norm and its gradients, x split along the batch, along the sequence or
-along the features (then the parameters too), by axes of the mesh that are automatic or
-explicit. "decoder": a training step of `examples/decoder` over meshes of 4 to 256
-devices, with our norm, Flax's and none; what a norm adds is the difference. Collectives
-are counted in the compiled program, and their bytes are those that one device has at the
-end of each.
+"placements": a norm and its gradients, with x split along the batch, along the sequence
+or along the features (then the parameters are split too), over mesh axes that are
+automatic or explicit. "decoder": a training step of `examples/decoder` over meshes of 4
+to 256 devices, with our norm, with Flax's and without a norm; the difference is what a
+norm adds. Collectives are counted in the compiled program. The bytes of a collective are
+those of its result on one device.
 
-Without `--tpu` the programs are compiled for CPU devices, which the CPU of this machine
-passes for; with it for a TPU v5e, which needs libtpu and no TPU.
+Without `--tpu` the programs are compiled for CPU devices, and the CPU of this machine acts
+as all of them. With `--tpu` they are compiled for a TPU v5e, which needs libtpu but no TPU.
 
     python -m benchmarks.scaling placements
     python -m benchmarks.scaling decoder --devices 4 8 64 256 --tpu
@@ -73,7 +73,7 @@ def compiled(function: Any, arguments: Any, tpu: bool) -> str:
 
 
 def placements(counts: list[int], tpu: bool) -> list[dict[str, Any]]:
-    """Of 2 devices along `model`; a collective of x's size would be `x bytes`."""
+    """With 2 devices along `model`; "bytes of x on a device" is x's part, to compare."""
     results = []
     for count in counts[:1]:
         devices = devices_of(count, tpu)

@@ -1,16 +1,16 @@
-"""How close the TPU kernels come to what memory allows, each pass alone; without a TPU.
+"""How close each pass of the TPU kernels comes to the memory limit, without a TPU.
 
-For each generation, shape, dtype and pass the table gives three numbers, lower is
-better: bytes moved over the floor (`FLOOR_ARRAYS` in `benchmarks.support.programs`);
-cycles over the roofline, which is the time that the floor's bytes take at the chip's
-memory bandwidth; and temporary memory. The forward pass also returns the statistics, as
-it does under differentiation.
+For each generation, shape, dtype and pass the table gives three numbers, and lower is
+better: the bytes moved, divided by the floor (`FLOOR_ARRAYS` in
+`benchmarks.support.programs`); the cycles, divided by the roofline, which is the time
+that the floor's bytes take at the chip's memory bandwidth; and the temporary memory. The
+forward pass also returns the statistics, as it does under differentiation.
 
 The cycles of a kernel are those of the compiler's schedule, which leaves out the wait
 for memory. The cycles of `--norm xla` are the compiler's estimates for its fusions,
 which include that wait, so the two cannot be compared. A schedule counts the first and
-the last steps of a kernel, which only move blocks, as if they computed too; `--marginal`
-leaves them out and gives the cycles of twice as many rows less those of the shape.
+the last steps of a kernel, which only move blocks, as if they computed too. `--marginal`
+leaves them out: it gives the cycles of twice as many rows minus those of the shape.
 
     python -m benchmarks.tpu_kernels --generations v5e v6e --json tpu.json --plot tpu.png
 """
@@ -64,10 +64,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--passes", nargs="+", default=tpu_passes.PASSES,
                         choices=tpu_passes.PASSES)  # fmt: skip
-    # One norm a run: the compiler can abort when it writes schedules of XLA's programs.
+    # One norm per run, because the compiler can abort when it writes the schedules of
+    # XLA's programs.
     parser.add_argument("--norm", default="pallas_tpu", choices=("pallas_tpu", "xla"))
     parser.add_argument("--marginal", action="store_true",
-                        help="cycles of as many rows again")  # fmt: skip
+                        help="cycles without the first and last steps")  # fmt: skip
     parser.add_argument("--plot", metavar="FILE", help="also plot the cycles")
     options = parser.parse_args(arguments)
     reason = compilers.unavailable("tpu")

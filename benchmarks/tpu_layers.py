@@ -2,18 +2,19 @@
 
     layer     one pre-norm layer, attention and relu, and all its gradients
     scanned   four of them in a scan
-    remat     the same, each layer computed again in the backward pass
-    block     `h + relu(norm(h) @ W1) @ W2` and its gradients, which has no second norm
+    remat     the same, with each layer computed again in the backward pass
+    block     `h + relu(norm(h) @ W1) @ W2` and its gradients; it has no second norm
 
-Two names of `--norms` are more than a norm: "fused add" is our kernels with the residual
-sum before a layer's second norm fused in (the sum before the first belongs to another
-layer); "none" is no norm at all, the most that a norm could win. Attention is JAX's
+`--norms` takes two more names. "fused add" is our kernels with the residual sum before a
+layer's second norm fused in (the sum before the first norm belongs to another layer).
+"none" is a model without norms, the best that a norm could reach. Attention is JAX's
 flash attention kernels, or XLA's. Parameters of norms are float32.
 
 Cycles are the compiler's estimates for its fusions, where loops count as often as they
-run, plus those of each kernel's schedule: for our kernels at least the time that their
-bytes take, for attention the part that is not above the diagonal. Ratios are to Flax's
-norm if it was measured and its program fits into the chip's memory; lower is better.
+run, plus those of each kernel's schedule. Our kernels count at least the time that their
+bytes take, and attention counts only the blocks that are not above the diagonal. Ratios
+are to Flax's norm, if it was measured and its program fits into the chip's memory; lower
+is better.
 
     python -m benchmarks.tpu_layers --generations v5e --json layers.json
 """
@@ -159,7 +160,8 @@ def main(arguments: list[str] | None = None) -> None:
     found = peers.available(options.norms, "tpu")
     norms = [n for n in options.norms if n in (*found, "fused add", "none")]
     results = []
-    # First, and in a process that ends: one at a time can hold the compiler.
+    # First, and in a process that ends, because only one process at a time can hold the
+    # compiler.
     with concurrent.futures.ProcessPoolExecutor(
         1, multiprocessing.get_context("spawn")
     ) as pool:

@@ -1,10 +1,11 @@
-"""Times of one implementation in two versions of this package, in turns.
+"""Times of one implementation in two versions of this package, measured in turns.
 
-Each version is an interpreter in whose environment it is installed, with the same JAX, so
-that a change can be held against the commit before it. A process of one version follows
-one of the other; each measures medians of all programs. The table gives medians over the
-processes, and the last line the geometric mean of the ratios, with the least and the
-largest of the rounds for the noise. Parameters are float32.
+Use it to compare a change with the commit before it. Each version is installed in an
+environment of its own, with the same JAX, and is named by that environment's
+interpreter. The processes of the two versions alternate, and each measures medians of all
+programs. The table gives medians over the processes. The last line gives the geometric
+mean of the ratios, and its least and largest value over the rounds, which show the noise.
+Parameters are float32.
 
     python -m benchmarks.versions OLD/.venv/bin/python NEW/.venv/bin/python
     python -m benchmarks.versions OLD/.venv/bin/python NEW/.venv/bin/python --norms xla
@@ -63,7 +64,7 @@ def programs(norm: str, shape: tuple[int, int], dtype: str) -> dict[str, Any]:
 
 
 def measure(norm: str, shapes: list[tuple[int, int]], repetitions: int) -> Any:
-    """Median microseconds of each program, by this process's version."""
+    """Median microseconds of each program, with this process's version."""
     found = {}
     for shape in shapes:
         inner = max(1, 300_000 // math.prod(shape))
@@ -78,8 +79,8 @@ def measure(norm: str, shapes: list[tuple[int, int]], repetitions: int) -> Any:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = report.parser(__doc__)
-    parser.add_argument("old", help="an interpreter")
-    parser.add_argument("new", help="another")
+    parser.add_argument("old", help="the interpreter of the old version")
+    parser.add_argument("new", help="the interpreter of the new version")
     parser.add_argument("--norms", default="native_cpu", help="the implementation")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--repetitions", type=int, default=21)

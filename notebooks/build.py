@@ -1,9 +1,9 @@
 """Execute the notebooks and write them with their outputs: `python notebooks/build.py`.
 
-Edit the `.py`, then run this, for all notebooks or for those named. It is `jupytext
---to ipynb --execute` without what differs from run to run and from machine to machine:
-timestamps, random cell ids, the Python version. It fails where a cell writes to stderr:
-the outputs are committed, and a warning would stay in them.
+Edit the `.py`, then run this, for all notebooks or for those named. It does what
+`jupytext --to ipynb --execute` does, but leaves out what differs between runs and
+machines: timestamps, random cell ids, the Python version. It fails if a cell writes to
+stderr, because the outputs are committed and a warning would stay in them.
 """
 
 import argparse

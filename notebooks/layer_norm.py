@@ -18,9 +18,10 @@
 #
 # Layer normalization takes the vector of one token, subtracts its mean, divides by its
 # standard deviation, and then applies a learned scale and a learned bias. This notebook
-# shows what that does, in numbers and pictures, what it is often confused with, where
-# the usual formula loses its accuracy, and how the backward pass is derived and
-# checked. Every claim is an `assert` in a cell. It needs NumPy and a little calculus.
+# shows in numbers and pictures what that does and what it is often confused with. It
+# shows where the usual formula loses accuracy. Then it derives the backward pass and
+# checks it. Every claim is an `assert` in a cell. You need to know NumPy and a little
+# calculus.
 #
 # 1. [One token](#1.-One-token)
 # 2. [Each token by itself](#2.-Each-token-by-itself)
@@ -58,7 +59,7 @@ plt.rcParams.update(
 # %% [markdown]
 # ## 1. One token
 #
-# A token with eight features. The numbers are chosen so that the mean is 5 and the
+# Take a token with eight features. Its numbers are chosen so that the mean is 5 and the
 # standard deviation is 2.
 
 # %%
@@ -69,8 +70,8 @@ print("mean", mean, " variance", var, " standard deviation", var**0.5)
 assert (mean, var) == (5, 4)
 
 # %% [markdown]
-# With `epsilon`, a small constant that keeps the division finite, the normalized vector
-# is
+# The normalized vector is the following. `epsilon` is a small constant that keeps the
+# division finite.
 #
 # $$\hat x_i = (x_i - \mu)\, r, \qquad r = \frac{1}{\sqrt{\sigma^2 + \varepsilon}} .$$
 #
@@ -88,8 +89,8 @@ assert np.isclose(x_hat.mean(), 0)
 assert np.isclose(x_hat.std(), 1)
 
 # %% [markdown]
-# A learned `scale` and `bias`, one number each for every feature, follow:
-# $y_i = \hat x_i\,\gamma_i + \beta_i$. All tokens share them. Training starts from
+# A learned `scale` and a learned `bias` follow: $y_i = \hat x_i\,\gamma_i + \beta_i$.
+# Each has one number for every feature, and all tokens share them. Training starts from
 # `scale` 1 and `bias` 0. Here one feature is raised by 1, one is doubled and one is
 # halved.
 
@@ -102,7 +103,7 @@ print("mean of y", y.mean().round(3), " standard deviation of y", y.std().round(
 
 # %% [markdown]
 # The output need not have mean 0 and standard deviation 1: `scale` and `bias` can undo
-# that where it helps. The library computes the same, in float32.
+# that if it helps. The library computes the same `y`, in float32.
 
 # %%
 params = {"scale": jnp.array(scale, jnp.float32), "bias": jnp.array(bias, jnp.float32)}
@@ -135,7 +136,7 @@ plt.show()
 # %% [markdown]
 # Two kinds of change leave `x_hat` alone: adding one number to every feature, and
 # multiplying every feature by one positive number. (The second holds up to `epsilon`.)
-# What is left are the *relations* between the features of a token.
+# What remains is how the features of a token *relate* to each other.
 
 # %%
 plain = jln.init_params(8)  # scale 1, bias 0
@@ -146,9 +147,10 @@ for other in (token + 100, 3 * token, 0.5 * token - 7):
     )
 
 # %% [markdown]
-# What `epsilon` is for: a token whose features are all equal has variance 0. It becomes
-# exactly `bias`, not NaN. And a token whose standard deviation is not far above
-# $\sqrt\varepsilon$ comes out with less than 1.
+# `epsilon` matters if the features of a token are nearly equal. If they are all equal,
+# the variance is 0 and the output is exactly `bias`, not NaN. If their standard
+# deviation is not far above $\sqrt\varepsilon$, the standard deviation of `x_hat` is
+# less than 1.
 
 # %%
 assert np.array_equal(jln.layer_norm(params, jnp.full(8, 5.0)), params["bias"])
@@ -160,8 +162,9 @@ for std in (1e-1, 1e-2, 1e-3, 1e-4):
 # %% [markdown]
 # ## 2. Each token by itself
 #
-# In a transformer, the array is `(batch, sequence, features)`. The statistics are taken
-# over the features only: one mean and one `rstd` for every token of every example.
+# In a transformer, the array has the shape `(batch, sequence, features)`. The
+# statistics are taken over the features only, so every token of every example has one
+# mean and one `rstd`.
 
 # %%
 rng = np.random.default_rng(0)
@@ -171,13 +174,12 @@ print("x", batch.shape, " mean", statistics.mean.shape, " rstd", statistics.rstd
 assert statistics.mean.shape == (2, 4, 1)
 
 # %% [markdown]
-# So whatever happens to the other tokens, of the same sequence or of another example,
-# this token's result is the same to the last bit.
+# If other tokens change, in the same sequence or in another example, this token's
+# result stays the same to the last bit.
 
 # %%
-changed = (
-    batch.at[0, 1].set(1e6).at[1].multiply(-3)
-)  # one token of example 0, and all of example 1
+# Change one token of example 0, and all of example 1.
+changed = batch.at[0, 1].set(1e6).at[1].multiply(-3)
 y_changed = jln.layer_norm(params, changed)
 untouched = [0, 2, 3]
 assert np.array_equal(y_changed[0, untouched], y_batch[0, untouched])
@@ -185,9 +187,9 @@ assert not np.any(y_changed[0, 1] == y_batch[0, 1])
 
 # %% [markdown]
 # The gradient says the same: the output of one token does not depend on another token
-# *at all*. Below, the Jacobian is cut into one block for each pair of tokens, and the
-# size of each block is drawn. White is exactly 0. Next to it, the same for batch
-# normalization, where each token's output depends on all tokens.
+# *at all*. The picture cuts the Jacobian into one block for each pair of tokens, and
+# shows the size of each block. White is exactly 0. On the right is the same picture for
+# batch normalization, where each token's output depends on all tokens.
 
 
 # %%
@@ -231,10 +233,10 @@ plt.show()
 # %% [markdown]
 # ## 3. Not batch normalization
 #
-# Both subtract a mean and divide by a standard deviation. They differ in what is
-# averaged. Layer norm averages along one row of the picture, the features of one token.
+# Both subtract a mean and divide by a standard deviation. They differ in what they
+# average. Layer norm averages along one row of the picture, the features of one token.
 # Batch norm averages along one column, one feature of all tokens of all examples.
-# (RMSNorm, section 5, takes the same row as layer norm.)
+# (RMSNorm, section 5, averages along the same row as layer norm.)
 
 # %%
 figure, axes = plt.subplots(1, 2, figsize=(8.2, 3.3))
@@ -259,12 +261,12 @@ plt.show()
 # %% [markdown]
 # Three things follow.
 #
-# - Batch norm has no meaning for a batch of one token. Layer norm gives one token the
-#   same result as in a batch.
+# - Batch norm has no meaning for a batch of one token. Layer norm gives a single token
+#   the same result as in a batch.
 # - Batch norm keeps running averages for use after training. Layer norm has only
 #   `scale` and `bias`, and does the same during training and after it.
-# - The axes that are averaged and the axes of the parameters differ in layer norm: mean
-#   and variance belong to the token, `scale` and `bias` to the features.
+# - In layer norm, each token has its own mean and variance, but all tokens share the
+#   `scale` and `bias` of each feature.
 
 # %%
 alone = jln.layer_norm(params, batch[0, 2])
@@ -279,7 +281,7 @@ assert set(batch_variables) == {"params", "batch_stats"}
 # %% [markdown]
 # ## 4. Not the residual add
 #
-# Drawings of the transformer have a box called "Add & Norm". It is two operations:
+# Diagrams of the transformer have a box called "Add & Norm". It holds two operations:
 #
 # ```
 # total = residual + x                 # the add: the residual connection
@@ -287,8 +289,8 @@ assert set(batch_variables) == {"params", "batch_stats"}
 # ```
 #
 # Layer norm is only the second. It has no skip connection, and it does not know where
-# its input comes from. The library has both in one call, because reading the array once
-# for both is cheaper. It returns both results.
+# its input comes from. The library also offers both in one call, because reading the
+# array once for both is cheaper. That call returns both results.
 
 # %%
 branch, residual = batch, jnp.array(rng.normal(size=(2, 4, 8)), jnp.float32)
@@ -297,14 +299,13 @@ assert np.array_equal(total, residual + branch)
 assert np.array_equal(y_fused, jln.layer_norm(params, total))
 
 # %% [markdown]
-# The two have different tasks, which shows in the backward pass. The add hands the
-# gradient on unchanged. The norm removes a part of it: the gradient that leaves it sums
-# to 0 over the features of each token (section 7).
+# The two do different things, as the backward pass shows. The add passes the gradient
+# on unchanged. The norm removes a part of it: the gradient that it passes on sums to 0
+# over the features of each token (section 7).
 
 # %%
-dy = jnp.array(
-    rng.normal(size=(2, 4, 8)), jnp.float32
-)  # some gradient that arrives from above
+# `dy` is some gradient that arrives from above.
+dy = jnp.array(rng.normal(size=(2, 4, 8)), jnp.float32)
 (through_add,) = jax.vjp(lambda r: r + branch, residual)[1](dy)
 (through_norm,) = jax.vjp(lambda r: jln.layer_norm(params, r + branch), residual)[1](dy)
 for name, gradient in (("add", through_add), ("norm", through_norm)):
@@ -314,9 +315,9 @@ assert np.array_equal(through_add, dy)
 assert np.allclose(through_norm.sum(-1), 0, atol=1e-5)
 
 # %% [markdown]
-# Where to put the norm relative to the add is a choice of the architecture, not of the
-# norm. *Pre* placement is `x + f(norm(x))`: the residual stream itself is never
-# normalized. *Post* placement is `norm(x + f(x))`: it is normalized after every block.
+# The architecture, not the norm, decides where the norm stands relative to the add.
+# *Pre* placement is `x + f(norm(x))`: the residual stream itself is never normalized.
+# *Post* placement is `norm(x + f(x))`: it is normalized after every block.
 # The notebook [train_toy_transformer](train_toy_transformer.ipynb) trains both.
 
 # %% [markdown]
@@ -327,7 +328,7 @@ assert np.allclose(through_norm.sum(-1), 0, atol=1e-5)
 # $$y_i = \frac{x_i}{\sqrt{\frac1N \sum_j x_j^2 + \varepsilon}}\,\gamma_i .$$
 #
 # For the token of section 1 the mean square is $\mu^2 + \sigma^2 = 25 + 4 = 29$. The
-# mean, once 5, is still there.
+# mean of the output is not 0, because nothing was subtracted.
 
 # %%
 rms = np.sqrt(np.mean(x**2))
@@ -342,25 +343,23 @@ assert np.isclose(y_rms.mean(), 5 / rms, atol=1e-6)
 assert np.isclose(y_layer.mean(), 0, atol=1e-6)
 
 # %% [markdown]
-# Where the mean is 0, the two agree. Where it is not, RMSNorm is not invariant to a
-# shift: it sees the mean as part of the signal.
+# If the mean is 0, the two norms agree. Otherwise they differ, because RMSNorm treats
+# the mean as part of the signal. So a shift changes its output, and a factor does not.
 
 # %%
 assert np.allclose(jln.rms_norm({}, token - token.mean()), y_layer, atol=1e-6)
 shift = np.abs(jln.rms_norm({}, token + 100) - y_rms).max()
 assert shift > 0.1
-assert np.allclose(
-    jln.rms_norm({}, 3 * token), y_rms, atol=1e-6
-)  # but it is invariant to a factor
+assert np.allclose(jln.rms_norm({}, 3 * token), y_rms, atol=1e-6)
 print(f"largest change of RMSNorm when 100 is added to every feature: {shift:.3f}")
 
 # %% [markdown]
-# With three features there is a picture. Subtracting the mean projects the token onto
-# the plane where the features sum to 0, the plane at a right angle to $(1, 1, 1)$.
-# Dividing puts it at distance $\sqrt 3$ from the origin. So layer norm maps every token
-# to a *circle*, and RMSNorm to a *sphere*. Grey dots are tokens, coloured dots what
-# becomes of them. In general the distance is $\sqrt N$, and layer norm loses two
-# dimensions of $N$, RMSNorm one.
+# With three features we can draw this. Subtracting the mean projects the token onto the
+# plane where the features sum to 0, which is at a right angle to $(1, 1, 1)$. Dividing
+# puts it at distance $\sqrt 3$ from the origin. So layer norm maps every token to a
+# *circle*, and RMSNorm to a *sphere*. Gray dots are tokens, and colored dots are their
+# results. In general the distance is $\sqrt N$. Layer norm removes two of the $N$
+# dimensions, and RMSNorm removes one.
 
 # %%
 directions = rng.normal(loc=0.4, size=(14, 3))
@@ -426,14 +425,13 @@ plt.show()
 #
 # The variance can be computed in one pass over the data, as $E[x^2] - E[x]^2$. This is
 # `flax.linen.LayerNorm`'s default (`use_fast_variance=True`). In exact arithmetic it is
-# the variance. In float32 it is the difference of two large numbers. Where the mean is
-# 1000 times the standard deviation, both are about $10^6$, and there neighbouring
-# float32 numbers lie 0.06 apart. A variance of 1 is then known to one digit.
+# the variance. In float32 it is the difference of two large numbers. If the mean is
+# 1000 times the standard deviation, both are about $10^6$, where neighboring float32
+# numbers are 0.06 apart. A variance of 1 is then known to one digit.
 
 # %%
-normal = rng.standard_normal(
-    (64, 768)
-)  # 64 tokens with 768 features, mean 0 and standard deviation 1
+# 64 tokens with 768 features, mean 0 and standard deviation 1
+normal = rng.standard_normal((64, 768))
 print("offset    E[x^2]  spacing there  E[x^2] - E[x]^2  variance")
 for offset in (10.0, 100.0, 1000.0, 10000.0):
     row = jnp.array(normal[0] + offset, jnp.float32)
@@ -442,12 +440,12 @@ for offset in (10.0, 100.0, 1000.0, 10000.0):
     exact = np.asarray(row, np.float64).var()
     spacing = np.spacing(np.float32(square))
     print(f"{offset:6.0f} {square:9.0f} {spacing:14.6f} {fast:16.4f} {exact:9.4f}")
-assert abs(fast - exact) > 0.5  # at the last offset nothing is left
+assert abs(fast - exact) > 0.5  # at the last offset no digit is right
 
 # %% [markdown]
-# Now the whole layer. The error is the largest over all elements, against float64 NumPy
-# on the *same* float32 input: the rounding of the input itself does not count. The
-# right output is of size 1.
+# Next we measure the whole layer. The error is the largest difference of any element
+# from float64 NumPy on the *same* float32 input, so the rounding of the input does not
+# count. The correct output is of size 1.
 
 
 # %%
@@ -465,7 +463,7 @@ layers = {
 }
 offsets = np.logspace(0, 6, 25)
 inputs = [jnp.array(normal + offset, jnp.float32) for offset in offsets]
-variables = layers["jax_layernorm"].init(jax.random.key(0), inputs[0])  # fit all three
+variables = layers["jax_layernorm"].init(jax.random.key(0), inputs[0])  # for all three
 
 
 def largest_error(layer, x):
@@ -491,7 +489,7 @@ for error, color in zip(errors.values(), (ORANGE, GREY, BLUE), strict=True):
 ax.axhline(2.0**-23, color="black", linestyle=":", linewidth=1)
 ax.text(1, 2.0**-23 / 1.5, "float32 epsilon", va="top", fontsize=8.5)
 ax.axhline(1, color="black", linewidth=0.8)
-ax.text(1, 1.4, "size of the right output", fontsize=8.5)
+ax.text(1, 1.4, "size of the correct output", fontsize=8.5)
 ax.text(6e2, 30, "Flax, default", color=ORANGE, ha="right")
 ax.text(1.6e4, 4e-4, "Flax, use_fast_variance=False", color="#5f5f5f")
 ax.text(1.6e4, 1e-6, "jax_layernorm", color=BLUE)
@@ -503,18 +501,18 @@ ax.set(
 plt.show()
 
 # %% [markdown]
-# Three regimes.
+# The three lines differ as follows.
 #
-# - Flax's default loses two digits for each factor of 10. From a mean of some thousand
-#   standard deviations on, the difference can come out as 0 or less. Flax then takes 0,
-#   and `rstd` becomes $1/\sqrt\varepsilon = 1000$: the output is wrong by a factor of
-#   about 1000, and stays finite, so nothing shows it.
+# - Flax's default loses two digits each time the mean grows by a factor of 10. If the
+#   mean is some thousand standard deviations or more, the difference can come out as 0
+#   or less. Flax then takes 0, and `rstd` becomes $1/\sqrt\varepsilon = 1000$. The
+#   output is wrong by a factor of about 1000. It stays finite, so nothing warns you.
 # - Two passes, first the mean, then $E[(x - \mu)^2]$, lose one digit for each factor of
-#   10: $\mu$ itself is rounded, by up to half a float32 spacing at $\mu$.
+#   10, because $\mu$ itself is rounded by up to half a float32 spacing at $\mu$.
 # - The library subtracts twice: `c = x - mean(x)`, then `c = c - mean(c)`. The second
 #   mean is just the rounding error of the first, measured where numbers are small. This
-#   is the corrected two-pass algorithm (Chan, Golub, LeVeque). The error no longer
-#   depends on the offset.
+#   is the corrected two-pass algorithm (Chan, Golub, LeVeque). Its error does not
+#   depend on the offset.
 
 # %%
 far = inputs[-1]  # mean 1e6
@@ -536,8 +534,8 @@ assert jnp.abs(c.mean(-1)).max() < 1e-6
 # ## 7. The backward pass
 #
 # Given the gradient of a loss $L$ with respect to the output, the *cotangent* `dy`, the
-# backward pass computes `dx`, `dscale` and `dbias`. With $\delta$ for a small change,
-# $N$ features and means over them written $\langle\cdot\rangle$,
+# backward pass computes `dx`, `dscale` and `dbias`. Here $\delta$ is a small change,
+# $N$ is the number of features, and $\langle\cdot\rangle$ is the mean over them:
 #
 # $$c = x - \langle x\rangle, \qquad
 # \sigma^2 = \langle c^2\rangle, \qquad
@@ -563,7 +561,7 @@ assert jnp.abs(c.mean(-1)).max() < 1e-6
 #
 # **Through the mean.** $\delta c = \delta x - \langle\delta x\rangle$. Because
 # $\langle\hat x\rangle = 0$,
-# $\langle\hat x\,\delta c\rangle = \langle\hat x\,\delta x\rangle$. Together
+# $\langle\hat x\,\delta c\rangle = \langle\hat x\,\delta x\rangle$. Together:
 #
 # $$\delta\hat x
 # = r\,\bigl(\delta x - \langle\delta x\rangle
@@ -577,8 +575,9 @@ assert jnp.abs(c.mean(-1)).max() < 1e-6
 # $$\boxed{\;\mathrm{dx}
 # = r\,\bigl(g - \langle g\rangle - \hat x\,\langle g\,\hat x\rangle\bigr)\;}$$
 #
-# In words: take from `g` its mean, take from it its part along `x_hat`, and divide by
-# the standard deviation. RMSNorm has no mean, and no $\langle g\rangle$.
+# In words: subtract from `g` its mean and its part along `x_hat`, and divide by the
+# standard deviation. RMSNorm subtracts no mean, so its formula has no
+# $\langle g\rangle$.
 
 
 # %%
@@ -599,8 +598,8 @@ dy = rng.normal(size=(5, 8))  # a random cotangent: the loss is the sum of dy * 
 dx, dscale, dbias = backward(tokens, scale, dy)
 
 # %% [markdown]
-# **Check 1, finite differences.** Each element is moved by $\pm h$ and the loss is
-# computed anew, all in float64.
+# **Check 1, finite differences.** We move each element by $\pm h$ and compute the loss
+# again, all in float64.
 
 
 # %%
@@ -626,9 +625,9 @@ print("largest difference of dx, dscale, dbias:", *(f"{d:.0e}" for d in differen
 assert max(differences) < 1e-8
 
 # %% [markdown]
-# **Check 2, JAX's own derivative** (`jax.vjp`, what `jax.grad` calls) of a plain
-# `jax.numpy` implementation, which knows nothing of these formulas. And the library,
-# whose backward pass is written by hand.
+# **Check 2, JAX's own derivative.** `jax.vjp`, which `jax.grad` calls, differentiates a
+# plain `jax.numpy` implementation without these formulas. We compare both that and the
+# library's hand-written backward pass with the formulas.
 
 
 # %%
@@ -661,7 +660,7 @@ for name, function in (
     assert max(errors) < 1e-5  # float32
 
 # %% [markdown]
-# **Check 3, what must be so.** Adding a number to all features of a token does not
+# **Check 3, what must hold.** Adding a number to all features of a token does not
 # change `y`. So `dx` has no part in that direction: it sums to 0. Stretching a token
 # about its mean does not change `y` either, apart from `epsilon`. So `dx` is at a right
 # angle to `x_hat`, apart from `epsilon`:
@@ -692,8 +691,8 @@ assert np.allclose(dx_library.sum(-1), 0, atol=1e-6)
 assert np.allclose((x_hat * dx_library).sum(-1), 0, atol=1e-5)
 
 # %% [markdown]
-# The same as a picture, for one token: what arrives, what is removed, what is handed
-# on.
+# The picture shows this for one token: what arrives, what is removed, and what is
+# passed on.
 
 # %%
 row = 0
@@ -718,7 +717,7 @@ plt.show()
 # %% [markdown]
 # ## 8. The same as a `jax.custom_vjp`
 #
-# `jax.custom_vjp` tells JAX to use this backward pass instead of one derived line by
+# `jax.custom_vjp` tells JAX to use this backward pass instead of deriving one line by
 # line. It takes three functions: the function itself, a forward rule that also returns
 # what to save, and a backward rule that gets what was saved and the cotangent.
 
@@ -752,11 +751,16 @@ for got, want in zip(mine, (dx, dscale, dbias), strict=True):
     assert np.allclose(got, want, atol=1e-5)
 
 # %% [markdown]
-# The library's is this, with more around it: the mean in two parts, so that the
-# backward pass is as accurate as the forward pass; statistics in float32 whatever the
-# dtype of `x`; arrays of any rank; either parameter left out; checked arguments; and,
-# behind both rules, room for a faster program for the platform at hand. It shows in the
-# traced program:
+# The library does the same, and more:
+#
+# - It saves the mean in two parts, so that the backward pass is as accurate as the
+#   forward pass.
+# - It computes the statistics in float32 even if `x` is bfloat16 or float16.
+# - It takes arrays of any rank, with either parameter left out, and checks its
+#   arguments.
+# - Both rules can run a faster program that is written for the platform.
+#
+# The `custom_vjp` shows in the traced program:
 
 # %%
 example = jnp.ones((2, 8))
@@ -764,8 +768,8 @@ assert "custom_vjp_call" in str(jax.make_jaxpr(jln.layer_norm)(plain, example))
 assert "custom_vjp_call" not in str(jax.make_jaxpr(plain_layer_norm)(plain, example))
 
 # %% [markdown]
-# What is gained is memory. What the forward pass saves is kept until the backward pass,
-# for every norm of the model. `jax.vjp` returns the backward pass as a function that
+# The gain is memory. What the forward pass saves is kept until the backward pass, for
+# every norm of the model. `jax.vjp` returns the backward pass as a function that
 # carries the saved arrays. Here they are, for 512 tokens with 768 features.
 
 
@@ -792,10 +796,11 @@ for name, layer in (
         print(f"    {array:22s} {size:9,}")
 
 # %% [markdown]
-# Flax keeps three arrays of the size of `x`, the library one: `x` itself, `scale`, and
-# three numbers for each token, which are `rstd` and the two parts of the mean. In
-# bfloat16 the difference is larger. Flax computes in float32, and the arrays it saves
-# are float32, while the library saves `x` as it came.
+# Flax keeps three arrays of the size of `x`. The library keeps one, `x` itself. It also
+# keeps `scale` and three numbers for each token: `rstd` and the two parts of the mean.
+# The array of booleans is empty; its shape says which gradients are wanted. In bfloat16
+# the difference is larger, because Flax saves float32 arrays and the library saves `x`
+# in its own dtype.
 
 # %%
 per_element = {}
@@ -812,13 +817,12 @@ assert 4 <= per_element["jax_layernorm", "float32"] < 4.1
 assert 2 <= per_element["jax_layernorm", "bfloat16"] < 2.1
 
 # %% [markdown]
-# This is what JAX asks to keep. Inside one jitted training step the compiler may share
-# or recompute some of it, so the memory saved in a model is best measured on that
-# model.
+# These are the arrays that JAX asks to keep. Inside a jitted training step the compiler
+# may share or recompute some of them, so measure what a model saves on that model.
 #
-# The price: functions with a `custom_vjp` cannot be differentiated in forward mode
-# (`jax.jvp`, `jax.jacfwd`). For that there is `custom_vjp=False`, which leaves the
-# derivative of the same equations to JAX.
+# The price is that JAX cannot differentiate a function with a `custom_vjp` in forward
+# mode (`jax.jvp`, `jax.jacfwd`). If you need that, pass `custom_vjp=False`. JAX then
+# differentiates the same equations itself.
 
 # %%
 tangent = jnp.array(rng.normal(size=8), jnp.float32)

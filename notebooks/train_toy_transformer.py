@@ -18,10 +18,10 @@
 #
 # A small decoder-only transformer learns to predict the next byte of English text. It
 # is trained with the norm before each block (*pre*) or after it (*post*), and with
-# layer norm or RMSNorm, each three times with different seeds. Everything together
-# takes one to two minutes on two CPU cores. The model and the training step are those
-# of `examples/decoder`; what the two norms compute is in
-# [layer_norm](layer_norm.ipynb).
+# layer norm or RMSNorm. Each of the four variants is trained three times with different
+# seeds. The whole notebook takes one to two minutes on two CPU cores. The model and the
+# training step are those of `examples/decoder`. The notebook
+# [layer_norm](layer_norm.ipynb) explains what the two norms compute.
 #
 # 1. [Text and model](#1.-Text-and-model)
 # 2. [Training](#2.-Training)
@@ -53,13 +53,13 @@ plt.rcParams.update({"figure.constrained_layout.use": True})
 # %% [markdown]
 # ## 1. Text and model
 #
-# The text is Python's own language reference, which every CPython carries. It differs a
-# little from one Python release to the next, and so do the losses below. The last tenth
-# is held out.
+# The text is Python's own language reference, which comes with every CPython. It
+# differs a little from one Python release to the next, and so do the losses below. The
+# last tenth is held out.
 #
-# Losses are in bits per byte. Two marks to compare with: a guess among all 256 bytes
-# costs 8 bits, and knowing how frequent each byte is, but nothing of its context, costs
-# less than 5.
+# Losses are in bits per byte. Two values help to judge them. A guess among all 256
+# bytes costs 8 bits. A guess that knows how frequent each byte is, but not its context,
+# costs less than 5.
 
 # %%
 training_text, held_out = corpus.split_text(corpus.load_text())
@@ -71,9 +71,10 @@ print(f"byte frequencies alone: {byte_frequencies:.2f} bits per byte")
 assert 4 < byte_frequencies < 5
 
 # %% [markdown]
-# The model has two blocks, each with attention and an MLP, and so five norms. In pre
-# placement the residual stream `x` runs from the embedding to the last norm by
-# additions only. In post placement it passes through a norm after every addition.
+# The model has two blocks, each with attention and an MLP. It has five norms: two in
+# each block, and one at the end. In pre placement, only additions change the residual
+# stream `x` between the embedding and the last norm. In post placement, `x` passes
+# through a norm after every addition.
 #
 # ```
 # pre:   x = x + attention(norm(x));   x = x + mlp(norm(x))
@@ -104,13 +105,13 @@ for norm in LABEL:
     params = init_state(configure("pre", norm), settings_of(seed=0)).params
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(f"{LABEL[norm]:10s} {count:,} parameters")
-    # Layer norm has a scale and a bias, RMSNorm a scale.
+    # Layer norm has a scale and a bias, RMSNorm has only a scale.
     assert norms_in(params) == (10 if norm == "layernorm" else 5)
 
 # %% [markdown]
 # A seed decides the initial parameters and the order of the data. The initial
-# parameters do not depend on the norm or its placement. So two runs with one seed start
-# from the same numbers and see the same text, and can be compared as a pair.
+# parameters do not depend on the norm or its placement. So two runs with the same seed
+# start from the same numbers and see the same text, and can be compared as a pair.
 
 # %%
 one, other = (
@@ -124,9 +125,9 @@ for path, leaf in paths_of(other):
 # %% [markdown]
 # ## 2. Training
 #
-# AdamW for 300 steps, a linear warm-up over the first 30, then a cosine decay. Each
-# step sees 8 windows of 64 bytes, so a run sees as many bytes as a third of the text
-# has.
+# Each run takes 300 steps of AdamW. The learning rate rises linearly over the first 30
+# steps, and then falls as a cosine. Each step sees 8 windows of 64 bytes, so a run sees
+# about a third as many bytes as the text has.
 
 
 # %%
@@ -197,9 +198,8 @@ at = np.arange(5, 300, 10)
 for ax, placement in zip(axes, ("pre", "post"), strict=True):
     for norm, color in COLOR.items():
         for losses, _, _ in runs[placement, norm]:
-            width = (
-                2.6 if norm == "layernorm" else 1.2
-            )  # where they coincide, both show
+            # Different widths show both lines where they coincide.
+            width = 2.6 if norm == "layernorm" else 1.2
             ax.plot(at, losses.reshape(-1, 10).mean(1), color=color, linewidth=width)
     ax.axhline(byte_frequencies, color="black", linestyle=":", linewidth=1)
     ax.text(150, 7.4, LABEL["layernorm"] + " (3 seeds)", color=BLUE)
@@ -210,12 +210,12 @@ axes[0].set(ylabel="training loss, bits per byte", ylim=(3.2, 8.2))
 plt.show()
 
 # %% [markdown]
-# In pre placement all six runs learn, and the two norms can hardly be told apart. In
+# In pre placement all six runs learn, and the two norms give nearly the same curves. In
 # post placement the average is clearly worse, and some runs stay at the byte
 # frequencies to the end.
 #
-# Is post placement worse, or is the learning rate too high for it? One more series,
-# with layer norm after the blocks and a third of the learning rate.
+# Is post placement worse, or is the learning rate too high for it? To find out, we
+# train post placement with layer norm again, with a third of the learning rate.
 
 # %%
 slower = train_all_seeds(configure("post", "layernorm"), 1e-3)
@@ -243,16 +243,16 @@ plt.show()
 # %% [markdown]
 # It learns with all three seeds. So the learning rate was too high for post placement,
 # at least with this warm-up and these initial parameters. Xiong et al. relate the
-# sensitivity of post placement to large gradients near the output at initialization.
-# Whether that is what happens in this model is not measured here.
+# sensitivity of post placement to large gradients near the output at initialization. We
+# did not measure whether that happens in this model.
 #
 # ## 4. What the models write
 #
-# Each model continues a sentence, drawing byte by byte. Of the three seeds, the one
-# with the highest loss is shown. Where the loss went well below the byte frequencies,
-# short words form. A model that stayed there draws letters as often as they occur, one
-# independent of the next. Two such models that draw with the same random numbers write
-# nearly the same.
+# Each model continues a sentence, drawing byte by byte. We show the seed with the
+# highest loss. If the loss fell well below the byte frequencies, the model writes short
+# words. If it stayed near them, the model draws each letter as often as it occurs,
+# independently of the letters before. Two such models that draw with the same random
+# numbers write nearly the same text.
 
 # %%
 prompt = b"The statement is executed when "
@@ -272,7 +272,8 @@ for (placement, norm), results in runs.items():
 #
 # ## 5. What can be concluded
 #
-# First how far apart the two norms are, seed by seed, and how far apart the seeds.
+# First we compare how far apart the two norms are, seed by seed, with how far apart the
+# seeds are.
 
 # %%
 difference = held_out_bits["pre", "rmsnorm"] - held_out_bits["pre", "layernorm"]
@@ -283,22 +284,23 @@ for norm in LABEL:
 assert abs(difference.mean()) < max(spread.values())
 
 # %% [markdown]
-# **Layer norm or RMSNorm.** The two differ by less than the seeds do. These runs do not
-# say which is better. Three seeds could not, unless the difference were large: even if
-# there is none, one of the two comes out ahead with all three seeds in one of four such
+# **Layer norm or RMSNorm.** The two differ by less than the seeds do, so these runs do
+# not say which is better. Three seeds could only show a large difference. Even if the
+# two are equally good, the same norm is ahead with all three seeds in one of four such
 # experiments ($2 \cdot (1/2)^3$).
 #
-# **Pre or post.** Pre placement trained with every seed, post placement did not. But
-# the learning rate, the warm-up and the initial parameters are those of the example,
-# whose default is pre placement. At a third of the learning rate post placement learns.
-# The observation is that post placement is *more sensitive* to these choices here. It
-# is not that it ends worse when each is tuned for itself: that was not tried.
+# **Pre or post.** Pre placement learned with every seed, and post placement did not.
+# But the learning rate, the warm-up and the initial parameters are those of the
+# example, whose default is pre placement. With a third of the learning rate, post
+# placement learns too. So these runs show that post placement is *more sensitive* to
+# these choices. They do not show that it ends up worse, because we did not tune each
+# placement by itself.
 #
 # **In general.** The model has two blocks and about 120,000 parameters, the text is
-# half a megabyte, and 300 steps are where training begins, not where it ends. A
-# comparison that carries over needs the intended size and length of training, a
-# learning rate tuned for each variant, and enough seeds to see a difference beside
-# their spread. What the runs do show is that both layers work in a model that learns.
+# half a megabyte, and 300 steps are only the beginning of training. A comparison that
+# carries over to a real model needs its size and length of training, a learning rate
+# tuned for each variant, and enough seeds to tell a difference from their spread. What
+# these runs do show is that both norms work in a model that learns.
 #
 # ## References
 #

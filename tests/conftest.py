@@ -15,9 +15,9 @@ import jax_layernorm
 jax.config.update("jax_num_cpu_devices", 8)
 gc.set_threshold(50_000, 50, 100)  # tracing makes many objects, and little garbage
 
-# The equations name their shapes under TYPE_CHECKING, since jaxtyping is no runtime
-# dependency. Here they are loaded a second time, in place, with annotations that are
-# real and checked at every call.
+# The equations name their shapes under TYPE_CHECKING, because jaxtyping is not a runtime
+# dependency. Here they are loaded a second time, with annotations that are real and
+# checked at every call.
 typing.TYPE_CHECKING = True
 with jaxtyping.install_import_hook("jax_layernorm._equations", "beartype.beartype"):
     for name in [name for name in sys.modules if name.startswith("jax_layernorm")]:
@@ -31,7 +31,7 @@ from marking_kernel import MarkingKernel  # noqa: E402
 
 @pytest.fixture(params=(*implementations.NAMES, *implementations.FORMS))
 def implementation(request, monkeypatch):
-    """The test runs once with each; its calls take `**implementations.chosen`."""
+    """Runs a test once with each implementation; calls take `**implementations.chosen`."""
     if request.param in implementations.FORMS:
         form = implementations.FORMS[request.param]
         monkeypatch.setitem(implementations.KERNELS, request.param, form)
@@ -56,21 +56,21 @@ def x64():
 
 @pytest.fixture(autouse=True)
 def _compile_flax_quickly(request):
-    """What is compared with Flax does not depend on how well XLA optimizes."""
+    """Comparisons with Flax do not depend on how well XLA optimizes."""
     if request.path.parent.name == "flax":
         request.getfixturevalue("quick_compilation")
 
 
 @pytest.fixture(autouse=True)
 def _allow_benchmarks_without_the_kernel(request, monkeypatch):
-    """They run here too, where the CPU kernel was not compiled; they time nothing."""
+    """Their tests run without the CPU kernel too, because they time nothing."""
     if request.path.parent.name == "benchmarks":
         monkeypatch.setenv("JAX_LAYERNORM_ALLOW_XLA", "1")
 
 
 @pytest.fixture
 def quick_compilation():
-    """For tests that compile much and time nothing: most of XLA's passes left out."""
+    """Leaves out most of XLA's passes, in tests that compile much and time nothing."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -78,7 +78,7 @@ def quick_compilation():
 
 @pytest.fixture
 def marking_kernel(monkeypatch):
-    """A kernel of that name, preferred on CPU to all others; see `marking_kernel`."""
+    """A kernel called "marking" that CPUs prefer to all others; see `MarkingKernel`."""
     kernels = {"marking": MarkingKernel(), **jax_layernorm._kernels.KERNELS}
     monkeypatch.setattr("jax_layernorm._kernels.KERNELS", kernels)
     monkeypatch.setattr("jax_layernorm._arguments.KERNELS", kernels)

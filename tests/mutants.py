@@ -3,12 +3,13 @@
     make mutants                    # a random sample of 150 places
     make mutants ARGS='--sample 20 --seed 1 --files _sharding.py'
 
-A place in the code is drawn at random, then one of the slips that can be made there:
+It draws a place in the code at random, then one of the slips that can be made there:
 cosmic-ray's operators (`+` for `-`, `<=` for `<`, `not`, numbers, True for False, `and`
 for `or`, a decorator or a loop's body left out), and a call replaced by its first
-argument. Slips in annotations are none, since they are not executed. Each runs in a copy
-of the tree with the tests that concern its file (`TESTS`), the quickest first, until one
-fails. Survivors are printed as differences; exits with 1 if less than 90 % are killed.
+argument. Annotations get no slips, because they are not executed. Each slip runs in a
+copy of the tree with the tests that concern its file (`TESTS`), the quickest first, until
+a test fails. Survivors are printed as differences. The exit code is 1 if less than 90 %
+are killed.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 CORE = "core/test_properties core/test_guards core/test_functions"
 MIXED = "transforms/test_sharding_mixed"
 SHARDED = f"{MIXED} transforms/test_sharding"
-TESTS = {  # of each file, the quickest and most telling first
+TESTS = {  # for each file; the tests that are quickest and catch most come first
     "_equations.py": f"{CORE} core/test_saved core/test_edges {SHARDED}",
     "_normalize.py": f"{CORE} core/test_saved {MIXED} transforms/test_kernel_op "
     "transforms/test_transforms",
@@ -119,7 +120,7 @@ class Mutant:
 
 
 def executed(code: str) -> str | None:
-    """The program without annotations and docstrings; None if it is none."""
+    """The program without annotations and docstrings; None if it is not a program."""
     try:
         tree = ast.parse(code)
     except SyntaxError:
@@ -183,9 +184,9 @@ def copy_of_the_tree(folder: pathlib.Path) -> pathlib.Path:
 
 
 def run_tests(tree: pathlib.Path, tests: list[str], told: pathlib.Path) -> None:
-    """In a process of its own: pytest over the copy of the tree, until a test fails."""
+    """Runs pytest over the copy of the tree until a test fails, in a separate process."""
     os.chdir(tree)
-    # Past the editable install's hook, so that the copy's package is the one imported.
+    # Removes the hook of the editable install, so that the copy's package is imported.
     sys.meta_path[:] = [f for f in sys.meta_path if "Scikit" not in type(f).__name__]
     sys.path.insert(0, str(tree))
     sys.dont_write_bytecode = True
@@ -244,7 +245,7 @@ def main() -> int:
         unchanged = Mutant(path.name, 0, "nothing", path.read_text())
         failed, _ = run(unchanged, trees)
         if failed is not None:
-            sys.exit(f"without a slip the tests must pass; they do not: {failed}")
+            sys.exit(f"the tests must pass without a slip, but they fail: {failed}")
         with concurrent.futures.ThreadPoolExecutor(options.workers) as pool:
             running = {pool.submit(run, mutant, trees): mutant for mutant in drawn}
             for each in concurrent.futures.as_completed(running):

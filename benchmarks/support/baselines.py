@@ -1,4 +1,4 @@
-"""Programs that move the arrays of a norm and compute none: how fast a norm could be.
+"""Programs that move a norm's arrays but compute no norm: how fast a norm could be.
 
 copy    copies x (and dy, or the residual)
 floor   reads all inputs of the program, and writes arrays of the size of all its outputs

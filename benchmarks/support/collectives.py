@@ -17,11 +17,11 @@ _LINE = re.compile(rf" = (\(.*?\)|\S+) ({'|'.join(KINDS)})(-start)?\(")
 class Collective(NamedTuple):
     kind: str
     bytes: int
-    """Of what one device has at the end."""
+    """Bytes of the result on one device."""
 
 
 def of_program(hlo: str) -> list[Collective]:
-    """Each collective of `compiled.as_text()` once, also inside loops."""
+    """Each collective of `compiled.as_text()` once, even if it is inside a loop."""
     found = []
     for result, kind, start in _LINE.findall(hlo):
         sizes = hlo_bytes._sizes(result, everywhere=True)

@@ -2,14 +2,14 @@
 
 TPU needs the `libtpu` wheel (Linux, x86-64), which one process at a time can use. CUDA
 needs the wheels of jax's CUDA plugin, in the version of jax, and of the compiler, but no
-driver, cuBLAS or cuDNN; our CUDA kernels need that of NVRTC too:
+driver, cuBLAS or cuDNN. Our CUDA kernels also need the NVRTC wheel:
 
     pip install --no-deps jax-cuda13-plugin==JAX jax-cuda13-pjrt==JAX \
         'nvidia-cuda-nvcc==13.0.*' 'nvidia-nvvm==13.0.*' 'nvidia-cuda-runtime==13.0.*' \
         'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-nvrtc==13.0.*'
 
-Without a device XLA for CUDA makes its default choices; with one its autotuner may make
-others.
+Without a device, XLA for CUDA makes its default choices; with a device, its autotuner may
+choose differently.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def lower_for(platform: str, device: Any, function: Any, arguments: Any) -> Any:
 
 @contextlib.contextmanager
 def _lowered_for(platform: str, device: Any) -> Iterator[None]:
-    """Our CUDA kernels are made for this GPU, and not for the one of this process."""
+    """Compiles our CUDA kernels for `device`, not for the GPU of this process."""
     from jax_layernorm._kernels.cuda import _tiles
 
     if platform != "cuda":

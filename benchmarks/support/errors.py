@@ -1,9 +1,9 @@
 """Errors of a layer norm in units in the last place, against NumPy in float64.
 
-An error is divided by the unit in the last place of the largest right value that shares
-its row, in the dtype of the result; for the parameters' gradients, of the largest of
-all. (If it were the unit of the value itself, an element that happens to be near zero
-would count as wrong by thousands of units.)
+An error is divided by the unit in the last place of the largest correct value in its row,
+in the dtype of the result. For the parameters' gradients it is the largest value of all.
+(If it were the unit of the value itself, an element that happens to be near zero would
+count as wrong by thousands of units.)
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def inputs(
 
 
 def oracle(params: Any, x: jax.Array, dy: jax.Array) -> list[np.ndarray]:
-    """The right `RESULTS`, in two passes; in long double for float64 `x`."""
+    """The correct `RESULTS`, in two passes; in long double for float64 `x`."""
     wide = np.longdouble if x.dtype == jnp.float64 else np.float64
     x, dy, scale, bias = (
         np.asarray(a).astype(np.float64).astype(wide)
@@ -72,7 +72,8 @@ def ulp_errors(actual: Any, right: np.ndarray, dtype: Any) -> Errors:
     unit = np.ldexp(np.ones_like(right[..., :1]), exponent - 1 - info.nmant)
     error = np.abs(np.asarray(actual).astype(right.dtype) - right) / unit
     error = np.where(np.isnan(error), np.inf, error).astype(np.float64)
-    p99 = np.quantile(error, 0.99, method="higher")  # interpolating, inf gives NaN
+    # "higher", because interpolating gives NaN if an error is inf.
+    p99 = np.quantile(error, 0.99, method="higher")
     return Errors(float(error.max()), float(p99), float(np.median(error)))
 
 

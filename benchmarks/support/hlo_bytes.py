@@ -85,7 +85,7 @@ def _instructions(
 def _of_fusion(
     operands: str, types: dict[str, str], result: str, inside: list[str]
 ) -> int:
-    """Operands and results; if one is only sliced or updated in place, that part."""
+    """Operands and results, or only the part of one that is sliced or updated in place."""
     uses: dict[str, list[tuple[str, str, list[str]]]] = {}
     own: dict[str, str] = {}
     position: dict[str, int] = {}
@@ -116,7 +116,7 @@ def _of_fusion(
         elif how and all(
             op == "dynamic-update-slice" and arguments[0] == name
             for op, _, arguments in how
-        ):  # updated in place: only the part is written, and nothing read
+        ):  # updated in place: only the part is written, and nothing is read
             whole = sum(_sizes(own[name]))
             part = sum(sum(_sizes(own.get(args[1], ""))) for _, _, args in how)
             written -= max(whole - part, 0)

@@ -1,9 +1,9 @@
 """Layer norms by name: ours, each implementation of ours, and those of other packages.
 
-`NORMS` is the only list, and every command takes its `--norms` from it. A norm whose
-package is not installed, or that cannot run here, is left out and the reason printed.
-On a CPU without its kernel "ours" is XLA's implementation. That is refused, unless
-`--allow-xla` or JAX_LAYERNORM_ALLOW_XLA=1 is given.
+`NORMS` is the only list, and every command takes its `--norms` from it. If a norm's
+package is not installed, or the norm cannot run here, it is left out and the reason is
+printed. On a CPU without its kernel, "ours" would be the XLA implementation. That is
+refused, unless `--allow-xla` or JAX_LAYERNORM_ALLOW_XLA=1 is given.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Peer(NamedTuple):
     """None for torch, which JAX cannot trace: `torch_peer` runs it."""
     add: AddNorm | None
     module: str | None = None
-    """The module that it needs; None if it needs this package alone."""
+    """The module that it needs; None if it needs only this package."""
     linen: Callable[..., Any] | None = None
     """Makes it a Flax module, from the arguments of `flax.linen.LayerNorm`."""
 
@@ -80,7 +80,7 @@ def _linen(module: str, **options: Any) -> Any:
 
 
 def tokamax(params: Params, x: jax.Array) -> jax.Array:
-    """With the implementation that it chooses: on a CPU XLA, on a GPU its own kernel."""
+    """With the implementation that tokamax chooses: XLA on a CPU, its kernel on a GPU."""
     import tokamax
     from absl import flags
 
@@ -134,7 +134,7 @@ OURS = {
     "ours autodiff": ours(custom_vjp=False),
     **{implementation: ours(implementation) for implementation in KERNELS},
 }
-"""As the package chooses, its equations differentiated by JAX, and each kernel by name."""
+"""The package's choice, its equations differentiated by JAX, and each kernel by name."""
 
 NORMS = {
     **OURS,
@@ -169,12 +169,12 @@ class _AllowXla(argparse.Action):
 def add_allow_xla(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-xla", nargs=0, action=_AllowXla,
-        help=f"on a CPU measure ours without its kernel, too; as {ALLOW_XLA}=1",
+        help=f"on a CPU without the kernel, measure XLA as ours; like {ALLOW_XLA}=1",
     )  # fmt: skip
 
 
 def available(names: Iterable[str], platform: str | None = None) -> dict[str, Peer]:
-    """Those of `NORMS` among `names` that can run; prints why another cannot.
+    """Those of `NORMS` among `names` that can run; prints why the others cannot.
 
     Prints which implementation "ours" is. Ends the program if that is XLA's on a CPU.
 
@@ -196,7 +196,7 @@ def available(names: Iterable[str], platform: str | None = None) -> dict[str, Pe
 
 
 def implementation(platform: str | None = None) -> str:
-    """What "ours" runs, by `jax_layernorm.explain`; XLA's on a CPU ends the program."""
+    """What "ours" runs, from `jax_layernorm.explain`; XLA on a CPU ends the program."""
     platform = platform or default_platform()
     params = jax.eval_shape(lambda: jln.init_params(128))
     x = jax.ShapeDtypeStruct((8, 128), jnp.float32)
@@ -204,7 +204,7 @@ def implementation(platform: str | None = None) -> str:
     allowed = os.environ.get(ALLOW_XLA) == "1"
     if platform == "cpu" and choice.implementation != "native_cpu" and not allowed:
         sys.exit(
-            f"ours would be {choice.implementation} on this CPU, and not native_cpu,"
+            f"ours would be {choice.implementation} on this CPU, not native_cpu,"
             f" because {choice.reasons['native_cpu']}; install the package into this"
             f" environment (`{sys.executable} -m pip install --editable .`, with a C++"
             f" compiler), or pass --allow-xla (or set {ALLOW_XLA}=1) to measure"

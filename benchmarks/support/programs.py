@@ -2,13 +2,13 @@
 
 inference  the forward pass alone: `(params, x) -> y`
 forward    the forward pass under differentiation: what it saves is an output too, except
-           x and the parameters, which are there already and which XLA would copy
+           x and the parameters, which exist already; as outputs XLA would copy them
 backward   `(what forward saved, dy) -> dparams, dx`
 joint      forward and backward in one jit: `(params, x, dy) -> y, dx, dscale, dbias`
 add        the norm of a residual sum: `(params, x, residual) -> y, residual_out`
 add joint  the same and its gradients in one jit
 add backward
-           the backward pass of add alone, as in backward
+           only the backward pass of add, as in backward
 block      `out = h + relu(norm(h) @ W1) @ W2`, and the gradients of all of it
 layers     a scanned decoder: `LAYERS` pre-norm blocks of attention and of relu
 
@@ -109,7 +109,7 @@ def _pullback(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Progr
     out, vjp = jax.eval_shape(functools.partial(jax.vjp, function), *arguments)
 
     def run(vjp: Any, cotangents: Any) -> Any:
-        # Two summands have the same gradient: one array is written, and not two.
+        # The two summands have the same gradient, so it is written once.
         return vjp(cotangents)[:2]
 
     return Program(run, (vjp, out))
@@ -128,10 +128,10 @@ def add_backward(norm: AddNorm, shape: Shape, dtype: Any) -> Program:
 
 
 def add_joint(norm: AddNorm, shape: Shape, dtype: Any) -> Program:
-    """The cotangents of y and of the sum are the residual and x again."""
+    """The residual and x serve again as the cotangents of y and of the sum."""
 
     def run(params: Any, x: jax.Array, residual: jax.Array) -> Any:
-        # Both summands have the same gradient, which torch returns twice as one array;
+        # Both summands have the same gradient. torch returns the same array for both;
         # XLA would copy it for a second result.
         out, vjp = jax.vjp(norm, params, x, residual)
         return out, vjp((residual, x))[:2]

@@ -1,4 +1,4 @@
-"""Medians of interleaved repetitions, so that a drift in speed affects all alike."""
+"""Medians of interleaved repetitions, so that a drift in speed affects all equally."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def interleaved(
     Args:
       functions: each is called once beforehand, unmeasured.
       repetitions: rounds.
-      inner: how many calls are measured together; more than 1 for short ones.
+      inner: how many calls are measured together; more than 1 for short calls.
       before: called before each measurement, unmeasured.
       clock: `time.process_time` adds up the seconds of all threads, without those in
         which another process had the core.

@@ -1,8 +1,8 @@
-"""Layer norms in torch on a GPU, each in a process of its own.
+"""Layer norms in torch on a GPU, each in a separate process.
 
-"torch" is torch's own, "torch.compile" that norm compiled by itself, "liger" the Triton
-kernel of liger-kernel, and "quack rms" the RMS norm of quack-kernels, which has no layer
-norm with a bias. Times are those of the kernels, by torch's profiler.
+"torch" is torch's norm, "torch.compile" is that norm compiled alone, "liger" is the
+Triton kernel of liger-kernel, and "quack rms" is the RMS norm of quack-kernels, which has
+no layer norm with a bias. torch's profiler gives the times of the kernels.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def norm_of(name: str) -> Callable[..., Any]:
     import torch
 
     def norm(x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        # As mixed precision has it: torch's norm takes parameters in the dtype of x.
+        # As in mixed precision, because torch's norm takes parameters in the dtype of x.
         scale, bias = scale.to(x.dtype), bias.to(x.dtype)
         return torch.nn.functional.layer_norm(x, x.shape[-1:], scale, bias, EPSILON)
 

@@ -59,7 +59,7 @@ def forward_backward(params: Any, x: jax.Array, dy: jax.Array) -> list[np.ndarra
 
 
 def as_arrays(tensors: Sequence[Any]) -> list[np.ndarray]:
-    """In float64, which holds the values of any of these dtypes."""
+    """In float64, which holds the values of all these dtypes exactly."""
     return [t.detach().double().numpy() for t in tensors]
 
 

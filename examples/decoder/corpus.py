@@ -1,4 +1,4 @@
-"""The text: where it comes from, its windows, and what it holds without a model.
+"""The text: where it comes from, its windows, and how well compressors do on it.
 
 A text is a `uint8` array whose bytes are the tokens. So nothing is learned or stored
 for tokenization, and the losses of different texts can be compared in bits per byte.

@@ -39,7 +39,7 @@ class RunConfig:
         type=Path,
         nargs=None,
         metavar="FILE",
-        help="Train on this file; None: on the reference texts that Python carries.",
+        help="Train on this file. None: the reference texts that come with Python.",
     )
     out: Path = simple_parsing.field(  # noqa: RUF009
         default=Path("decoder-run"),
@@ -65,14 +65,15 @@ class DevicesConfig:
     """More than one device, and more than one process."""
 
     mesh: str | None = None
-    """Devices along each axis, as in data=4,model=2. None: one device, or all of several
-    processes along data."""
+    """Devices along each axis, as in data=4,model=2. None: one device; with several
+    processes, all their devices along data."""
     cpu_devices: int = 1
     """Let the CPU of this process act as this many devices."""
     coordinator: str | None = None
     """HOST:PORT of the first of several processes."""
     processes: int = 1
-    """Processes of this run; each is started with the same options but --process-id."""
+    """How many processes this run has. Start each with the same options, except
+    --process-id."""
     process_id: int = 0
     """Which of the processes this is, from 0."""
     cluster: bool = simple_parsing.field(default=False, action="store_true")
@@ -201,8 +202,8 @@ def find_devices(given: DevicesConfig) -> Devices:
     wanted = shape.data * shape.model
     if wanted > there or (wanted < there and jax.process_count() > 1):
         raise UsageError(
-            f"--mesh must fit the devices; data={shape.data},model={shape.model} has"
-            f" {wanted} and there are {there}. Give another --mesh; on a CPU,"
+            f"--mesh must fit the devices; data={shape.data},model={shape.model} needs"
+            f" {wanted} and there are {there}. Give another --mesh or, on a CPU,"
             " --cpu-devices."
         )
     return Mesh.of(shape)

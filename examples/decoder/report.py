@@ -34,7 +34,7 @@ def summarize(
         "For scale, bits/byte of the same bytes compressed:",
         *compressed,
         "  The model has read the training text too, so the primed figures are the",
-        "  ones to compare with. A compressor looks repeated passages up; the model",
+        "  ones to compare with. A compressor looks up repeated passages; the model",
         "  has only its parameters and its context.",
         f"  {share:.1%} of the held-out bytes lie in a run of {corpus.OVERLAP_RUN} or "
         "more bytes that the training text also has.",

@@ -121,7 +121,7 @@ def make_folder(out: Path) -> filelock.BaseFileLock:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write another file, then move it to `path`: it is old or new, never half."""
+    """Write a file beside `path`, then move it there, so `path` is never half written."""
     beside = path.with_name(f".{path.name}.tmp")
     beside.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(beside, path)

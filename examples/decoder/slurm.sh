@@ -1,11 +1,11 @@
 #!/bin/bash
-# The decoder on two nodes of a Slurm cluster, a process each:
+# Trains the decoder on two nodes of a Slurm cluster, with one process on each:
 #
 #     sbatch examples/decoder/slurm.sh --mesh data=4,model=4 --width 512 --heads 8
 #
-# Each process finds the others through Slurm. A job that is started again goes on from
-# the last save, so requeue it as often as it takes; the folder must be on a disk that all
-# nodes share.
+# Each process finds the others through Slurm. A job that is started again continues from
+# the last checkpoint, so requeue it as often as needed. The output folder must be on a
+# disk that all nodes share.
 #SBATCH --job-name=decoder
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -1,4 +1,6 @@
-"""The training of the decoder: optimizer, train step, evaluation, loop; no files.
+"""Training of the decoder: optimizer, training step, evaluation and the loop.
+
+Nothing here reads or writes a file.
 
 Example:
     config, settings = DecoderConfig(), TrainingConfig()
@@ -31,8 +33,8 @@ NATS_PER_BIT = math.log(2)
 class TrainingConfig:
     """How the model is trained.
 
-    AdamW; the learning rate rises linearly over a tenth of the steps, then falls to
-    zero as a cosine.
+    The optimizer is AdamW. The learning rate rises linearly over a tenth of the steps,
+    then falls to zero as a cosine.
     """
 
     steps: int = 1500
@@ -116,7 +118,7 @@ def init_state(
 
 
 def state_axes(config: DecoderConfig, settings: TrainingConfig) -> TrainState:
-    """The names of the axes; the optimizer's arrays for a parameter have its axes."""
+    """The names of the arrays' axes; the optimizer's are those of their parameter."""
     optimizer, params = make_optimizer(settings), param_axes(config)
     shapes = jax.eval_shape(partial(init_params, config), 0)
     kept = optax.tree.map_params(
@@ -200,7 +202,8 @@ def evaluate(
         texts, counts = texts[chosen], counts[chosen]
     total = int(counts.sum())
     batch += -batch % devices.shape.data
-    # One shape, one compilation: windows that count no prediction fill the last batch.
+    # Windows that count no prediction fill the last batch, because another shape would
+    # be compiled again.
     pad = -len(texts) % batch
     texts, counts = np.pad(texts, ((0, pad), (0, 0))), np.pad(counts, (0, pad))
     nats = 0.0
@@ -224,13 +227,13 @@ def train(
     done: int = 0,
     devices: Devices = ONE_DEVICE,
 ) -> Iterator[Step]:
-    """Train on from `state` after `done` steps, 0 by default; yield each step.
+    """Continue from `state`, the state after `done` steps, and yield each step.
 
     The yielded state is valid until the next step, which consumes it.
 
-    The validation loss is an estimate, every `validate_every` steps and at the end,
-    from evenly spread windows without overlap. It covers a part of the held-out text.
-    It has less context than `evaluate` has by default, so it is a little higher.
+    The validation loss is an estimate, made every `validate_every` steps and at the end
+    from evenly spread windows without overlap. They cover a part of the held-out text,
+    and give less context than `evaluate` does by default, so it is a little higher.
     """
     state = init_state(config, settings, devices) if state is None else state
     train_step = make_train_step(config, settings, devices)

@@ -66,7 +66,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "sentences",
         nargs="*",
         metavar="SENTENCE",
-        help=f"in quotation marks (default: {len(SENTENCES)} sentences on three topics)",
+        help=f"each in quotation marks (default: {len(SENTENCES)} on three topics)",
     )
     parser.add_argument(
         "--norm",
@@ -78,10 +78,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--model",
         type=Path,
         metavar="FOLDER",
-        help=f"with {', '.join(FILES)} (default: MiniLM, from {WEIGHTS_PACKAGE})",
+        help=f"it must hold {', '.join(FILES)} (default: MiniLM, {WEIGHTS_PACKAGE})",
     )
     parser.add_argument(
-        "--save", type=Path, metavar="FILE", help="write the embeddings, a .npy file"
+        "--save", type=Path, metavar="FILE", help="write the embeddings as a .npy file"
     )
     parser.add_argument(
         "--timing", action="store_true", help="time the model with our norm and Flax's"
@@ -115,14 +115,14 @@ def check_sentences(sentences: Sequence[str]) -> Sequence[str]:
         if not sentence.strip():
             raise UsageError(
                 f"every sentence must hold a word; sentence {number} is {sentence!r}. "
-                "Leave it out, or mend the quotation marks."
+                "Leave it out, or check the quotation marks."
             )
         try:
             sentence.encode()
         except UnicodeEncodeError:
             raise UsageError(
                 f"every sentence must be text; sentence {number} is {sentence!r}, "
-                "bytes that are no UTF-8. Convert it first, as with iconv."
+                "bytes that are not UTF-8. Convert it first, for example with iconv."
             ) from None
     return sentences
 
@@ -133,7 +133,7 @@ def find_model(folder: Path | None) -> Path:
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(
-            f"{' and '.join(missing)} must be installed, and cannot be imported. "
+            f"{' and '.join(missing)} must be installed, but cannot be imported. "
             "`make embed` installs what is needed and runs this."
         )
     if folder is None:
@@ -158,8 +158,8 @@ def load_model(folder: Path, norm: str) -> tuple[EncoderConfig, Params]:
         return config, params_from_torch(config, weights)
     except (ValueError, KeyError, safetensors.SafetensorError) as error:
         raise UsageError(
-            "--model must be a folder of Hugging Face's BertModel; with "
-            f"{folder} came {type(error).__name__}: {error.args[0]}"
+            "--model must be a folder of Hugging Face's BertModel; loading "
+            f"{folder} raised {type(error).__name__}: {error.args[0]}"
         ) from None
 
 
@@ -225,7 +225,7 @@ def save(path: Path, embeddings: np.ndarray) -> None:
 def compare(
     config: EncoderConfig, params: Params, tokens: np.ndarray, mask: np.ndarray
 ) -> list[str]:
-    """Compares the two norms: what comes out, and how long it takes."""
+    """How much the embeddings of the two norms differ, and the times of both."""
     configs = {norm: EncoderConfig(**{**vars(config), "norm": norm}) for norm in NORMS}
     ours, flax = (
         np.asarray(embed(each, params, tokens, mask)) for each in configs.values()

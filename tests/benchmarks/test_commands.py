@@ -1,4 +1,4 @@
-"""Each benchmark explains itself, and measures a tiny problem; see also test_run.py."""
+"""Each benchmark has a help text, and measures a tiny problem; see also test_run.py."""
 
 import importlib
 import json
@@ -18,7 +18,7 @@ COMMANDS = (
 
 @pytest.fixture
 def command():
-    """Imports one; those that keep JAX to the host set environment variables."""
+    """Imports a command, and then undoes the environment variables that some set."""
     with unittest.mock.patch.dict(os.environ):
         yield lambda name: importlib.import_module(f"benchmarks.{name}")
 
@@ -89,3 +89,21 @@ def test_cpu_without_kernel(command, tmp_path, capsys):
     (result,) = json.loads(path.read_text())["results"]
     assert [*result["ms"]] == ["xla", "flax", "flax two-pass"]
     assert min(result["ms"].values()) > 0
+
+
+def test_own_norms_names_the_models(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command("own_norms").main(["--models", "GPT"])
+    assert stopped.value.code == 2
+    assert "choose from" in capsys.readouterr().err
+
+
+def test_own_norms_says_what_to_install(command, monkeypatch, capsys):
+    own_norms = command("own_norms")
+    absent = own_norms.Source("no_such_package.models:Model", "pip install it", None)
+    monkeypatch.setattr(own_norms, "SOURCES", {"Absent": absent})
+    monkeypatch.setattr(own_norms, "apart", lambda measure, *a: measure(*a))
+    with pytest.raises(SystemExit, match="pip install it"):
+        own_norms.main(["--allow-xla"])
+    out = capsys.readouterr().out
+    assert "Absent left out: not installed: ModuleNotFoundError" in out

@@ -68,7 +68,7 @@ def test_a_wrong_value_is_a_failure(lines, monkeypatch):
 
 
 def test_smoke_in_another_process(lines, monkeypatch):
-    """It has no emulation, and so fails, which must be seen."""
+    """The other process has no emulation, so it fails, and the failure is reported."""
     code, (*_, graph) = lines("graph")
     assert code == 1 and graph["returncode"] != 0
 

@@ -1,4 +1,4 @@
-"""The one entry, what it refuses to measure, and the fused residual in the decoder."""
+"""`make bench`, what it refuses to measure, and the fused residual in the decoder."""
 
 import importlib
 import json
@@ -32,7 +32,7 @@ def here(command, **_):
 
 @pytest.fixture
 def no_library(monkeypatch):
-    """As if the package were installed without a compiler; nothing is allowed."""
+    """As if the package were installed without a compiler, and without `--allow-xla`."""
     monkeypatch.setattr(_library, "not_loaded", lambda: "its library is elsewhere")
     monkeypatch.delenv(peers.ALLOW_XLA)
 

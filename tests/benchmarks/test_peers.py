@@ -1,4 +1,4 @@
-"""What is compared: every norm is a layer norm, and every program has its floor."""
+"""What the benchmarks compare: each norm is a layer norm, each program has a floor."""
 
 import math
 

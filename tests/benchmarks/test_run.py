@@ -29,7 +29,7 @@ def test_a_tpu_has_one_event_for_each_call():
 
 
 def test_a_gpu_has_kernels_on_streams():
-    """Two of each call, the second on another stream."""
+    """Each call has two, the second on another stream."""
     lines = {
         "Stream #1(Compute)": [(0, 5), (100, 6), (200, 70)],
         "Stream #2(MemcpyD2D)": [(10, 1), (110, 2), (280, 3)],
@@ -40,9 +40,9 @@ def test_a_gpu_has_kernels_on_streams():
 
 def test_events_that_belong_to_no_call_are_an_error():
     lines = {"XLA Modules": [(0, 1)] * 4}
-    with pytest.raises(ValueError, match=r"each of 3 calls .* there are 4"):
+    with pytest.raises(ValueError, match=r"each of 3 calls .* got 4 events"):
         run.device_seconds(profile("/device:TPU:0", lines), 3)
-    with pytest.raises(ValueError, match="there are 0"):
+    with pytest.raises(ValueError, match="got 0 events"):
         run.device_seconds(profile("/device:GPU:0", {}), 3)
 
 

@@ -33,7 +33,7 @@ def draw(shape, *, offset=0.0, dtype="float32", seed=0):
 
 
 def forward_and_gradients(function, x, scale, bias, dy, *, jit=True, **options):
-    """In one compiled program, or with `jit=False` in one each way."""
+    """Both passes in one compiled program or, with `jit=False`, in one for each pass."""
     params = {"scale": scale, "bias": bias}
 
     def run(params, x, dy):
@@ -57,7 +57,7 @@ def assert_right(function, x, scale, bias, dy, *, center, jit=True):
     assert dscale.dtype == dbias.dtype == scale.dtype
 
 
-@pytest.mark.parametrize("jit", (True, False), ids=("one program", "one each way"))
+@pytest.mark.parametrize("jit", (True, False), ids=("one program", "one for each pass"))
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_offset_costs_no_accuracy(dtype, offset, jit):
@@ -97,7 +97,7 @@ def test_float64_is_computed_in_float64(function, offset):
     wide = oracle.norm(
         *(np.asarray(a, np.longdouble) for a in arguments), center=center
     )
-    # The oracle itself rounds in float64: a few of its own roundings are allowed.
+    # The oracle itself rounds in float64, so a few of its own roundings are allowed.
     for actual, expected in zip(
         (y, dx, dscale, dbias), (wide.y, wide.dx, wide.dscale, wide.dbias), strict=True
     ):

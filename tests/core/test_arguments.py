@@ -1,4 +1,4 @@
-"""Bad calls: each raises, before any computation, and says the rule and the fix."""
+"""Bad calls: each raises before any computation, and states the rule and the fix."""
 
 import inspect
 import re

@@ -1,4 +1,4 @@
-"""`python -m jax_layernorm check`: right, wrong, and what it prints; on the CPU here."""
+"""`python -m jax_layernorm check`: its verdicts and what it prints, here on the CPU."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""Where inputs are empty, extreme, constant, masked away, or not finite."""
+"""Inputs that are empty, extreme, constant, masked out, or not finite."""
 
 import functools
 import itertools
@@ -151,7 +151,7 @@ def test_a_constant_row_gives_the_bias_and_no_gradient_of_scale(value):
 @pytest.mark.parametrize("dtype", ("float32", "bfloat16", "float16", "float64"))
 @pytest.mark.parametrize("features", (1, 3, 16, 100, 768, 5000))
 def test_a_constant_row_gives_exactly_the_bias(dtype, features):
-    """Of whatever value, so that a row that rounding made constant has no gradient."""
+    """Whatever the value is, so that a row that rounding made constant has no gradient."""
     implementations.needed("native_cpu")
     rng = np.random.default_rng(0)
     values = rng.normal(size=200) * 10.0 ** rng.integers(-30, 30, 200)
@@ -177,7 +177,7 @@ def test_a_constant_row_gives_exactly_the_bias(dtype, features):
 @pytest.mark.parametrize("function", NORMS)
 @pytest.mark.usefixtures("implementation")
 def test_with_epsilon_zero_a_row_of_zeros_is_nan_and_stays_alone(function):
-    """0 / 0: a variance of 0 is what epsilon is for."""
+    """The row is 0 / 0, because only epsilon guards against a variance of 0."""
     x, params, dy = draw((3, 8))
     y, (_, rstd), _, dx = forward_and_gradients(
         function, x.at[1].set(0), params, dy, epsilon=0.0
@@ -191,7 +191,7 @@ def test_with_epsilon_zero_a_row_of_zeros_is_nan_and_stays_alone(function):
 @pytest.mark.parametrize("function", TWO)
 @pytest.mark.usefixtures("implementation")
 def test_denormals_are_as_good_as_zeros(function, size):
-    """Whether the hardware keeps them or flushes them: epsilon is far larger."""
+    """Whether the hardware keeps or flushes them, because epsilon is far larger."""
     x, params, dy = draw((4, 16))
     small = forward_and_gradients(function, x * size, params, dy)
     zeros = forward_and_gradients(function, x * 0, params, dy)
@@ -232,7 +232,7 @@ def test_float16_is_right_up_to_its_maximum(function):
     expected = oracle.norm(x, **params, dy=dy, center=EVERY[function])
     oracle.assert_close(y, expected.y)
     oracle.assert_close(dparams["scale"], expected.dscale, summed=8)
-    # Some 1e-5, which float16 holds as whole multiples of 6e-8.
+    # dx is about 1e-5, which float16 holds as whole multiples of 6e-8.
     np.testing.assert_allclose(dx, expected.dx, rtol=0, atol=6.1e-8)
 
 
@@ -253,7 +253,7 @@ def test_values_up_to_1e18_are_normalized_as_any(function, size):
 @pytest.mark.parametrize("function", TWO)
 @pytest.mark.usefixtures("implementation")
 def test_where_the_squares_overflow_y_is_the_bias_and_dx_is_zero(function, size):
-    """From about 1.8e19 on (less where a row is long) the variance is infinite.
+    """From about 1.8e19 on (less if a row is long) the variance is infinite.
 
     `rstd` is then 0, so the row comes out as the bias, finite and without gradient. The
     other rows are untouched.
@@ -274,7 +274,7 @@ def test_where_the_squares_overflow_y_is_the_bias_and_dx_is_zero(function, size)
 @pytest.mark.parametrize("value", (1e30, 1e37, -1e38))
 @pytest.mark.usefixtures("implementation")
 def test_a_constant_row_of_1e38_has_its_mean_and_no_variance(value):
-    """As long as the sum of the row's elements, each over N, does not overflow."""
+    """If the sum of the row's elements, each divided by N, does not overflow."""
     _, params, dy = draw((2, 4))
     y, (mean, rstd), *_ = forward_and_gradients(
         jln.layer_norm, jnp.full((2, 4), value), params, dy
@@ -291,12 +291,12 @@ def test_a_constant_row_of_1e38_has_its_mean_and_no_variance(value):
 )
 @pytest.mark.usefixtures("implementation")
 def test_at_the_float32_maximum_a_row_may_be_nan_but_no_other_row_is(row):
-    """`x - mean` and, by its roundings, the mean itself may overflow."""
+    """`x - mean` may overflow, and so may the mean itself, because it is rounded."""
     x, params, dy = draw((3, len(row)))
     spoiled = x.at[1].set(jnp.asarray(row, jnp.float32))
     clean = forward_and_gradients(jln.layer_norm, x, params, dy)
     y, (_, rstd), _, dx = forward_and_gradients(jln.layer_norm, spoiled, params, dy)
-    right = len(set(row)) == 1 and np.isclose(rstd[1], 1000)  # what is constant
+    right = len(set(row)) == 1 and np.isclose(rstd[1], 1000)  # if the row is constant
     assert np.isnan(rstd[1]) or rstd[1] == 0 or right
     assert (np.isnan(y[1]) | (y[1] == params["bias"])).all()
     np.testing.assert_array_equal(y[::2], clean[0][::2])
@@ -403,7 +403,7 @@ def test_masked_nan_and_inf_leave_the_rest_of_their_row_right(function, bad):
     oracle.assert_close(dparams["scale"], expected.dscale, summed=4)
 
 
-ROWS = {  # of 512; and how many standard deviations the guess at the mean is away
+ROWS = {  # of 512, and by how many standard deviations the guess misses the mean
     "like any": (lambda x: x, 1),
     "first elements apart": (lambda x: np.where(np.arange(512) < 8, x + 1e3, x), 8),
     "first element apart": (lambda x: np.where(np.arange(512) < 1, x + 1e3, x), 3),
@@ -414,7 +414,7 @@ ROWS = {  # of 512; and how many standard deviations the guess at the mean is aw
 @pytest.mark.parametrize("offset", (0.0, 1.0, 1e2, 1e4, 1e6))
 @pytest.mark.parametrize("rows", ROWS)
 def test_statistics_in_one_pass_are_as_accurate_as_the_guess_is_good(rows, offset):
-    """As on TPU. A guess that is k deviations away costs a factor 1 + k**2 at most."""
+    """As on TPU. A guess that is k deviations away costs at most a factor 1 + k**2."""
     row, away = ROWS[rows]
     x = row(np.random.default_rng(0).normal(size=(64, 512))) + offset
     x = jnp.asarray(x, jnp.float32)

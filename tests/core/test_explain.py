@@ -1,4 +1,4 @@
-"""`explain` tells what is decided at lowering, and `python -m jax_layernorm` prints it."""
+"""`explain` says what lowering decides, and `python -m jax_layernorm` prints it."""
 
 import functools
 import subprocess
@@ -56,7 +56,7 @@ def test_a_kernel_is_named_where_it_runs_and_its_reason_given_where_not(x):
 
 
 @pytest.mark.usefixtures("marking_kernel")
-def test_one_that_is_asked_for_by_name_and_cannot_run_is_told(x):
+def test_a_kernel_that_is_asked_for_by_name_and_cannot_run_is_reported(x):
     explanation = jln.explain({}, x, implementation="marking")
     assert explanation["cpu"].implementation == "marking"
     assert explanation["tpu"].implementation is None

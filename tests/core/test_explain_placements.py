@@ -1,4 +1,4 @@
-"""`explain` says what the call does, wherever the arrays are: the two are compared."""
+"""`explain` agrees with what the call runs, wherever the arrays are placed."""
 
 import contextlib
 import functools
@@ -41,7 +41,7 @@ def struct(shape, sharding=None):
 
 
 def placed(kind, layout, name):
-    """The mesh, the norm with all that is around it, and its arguments."""
+    """The mesh, the norm with the transformation around it, and its arguments."""
     norm = functools.partial(jln.layer_norm, implementation=name)
     params, x = {"scale": struct((FEATURES,))}, struct((ROWS, FEATURES))
     mesh = jax.make_mesh((2, 2), ("data", "model"), KINDS.get(kind, (AUTO, AUTO)))
@@ -68,7 +68,7 @@ def placed(kind, layout, name):
 
 
 def what_runs(traced, platform):
-    """Which implementations, by the program itself; None if it is refused."""
+    """The implementations in the lowered program; None if the call is refused."""
     try:
         text = traced.lower(lowering_platforms=(platform,)).as_text()
     except NotImplementedError:

@@ -177,7 +177,7 @@ def test_an_added_norm_has_the_gradients_of_its_two_steps(
     size = expected.dx_size + np.abs(np.asarray(dresidual_out, np.float64)).max()
     for gradient, like in ((dx, x), (dstream, stream)):
         assert gradient.dtype == like.dtype
-        # rounded first to the dtype of the sum, then to that of the summand
+        # It is rounded first to the dtype of the sum, then to that of the summand.
         coarse = both.astype(residual_out.dtype)
         oracle.assert_close(gradient, np.asarray(coarse, np.float64), against=2 * size)
     oracle.assert_close(dparams["scale"], expected.dscale, summed=32)

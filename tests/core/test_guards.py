@@ -1,4 +1,4 @@
-"""Single lines that keep rare inputs right: each test fails without one of them."""
+"""Single lines that keep rare inputs right: each test fails without such a line."""
 
 import functools
 
@@ -22,7 +22,7 @@ def draw(*shape, dtype="float32", seed=0):
 def test_a_cotangent_that_overflows_with_the_squares_gives_0_and_not_nan(
     function, implementation
 ):
-    """Rstd is 0 where the squares overflow, and sum(g * x) is infinite."""
+    """Rstd is 0 if the squares overflow, and sum(g * x) is infinite."""
     x = draw(3, 8).at[1].mul(1e30)
     dy = draw(3, 8, seed=1).at[1].mul(1e20)
 
@@ -87,7 +87,7 @@ def test_the_mean_that_is_returned_is_the_sum_of_its_two_words(
 def test_the_programs_of_cpus_and_gpus_have_their_barriers(function, platform):
     """One around the mean, one around the cotangents; `xla.py` says why.
 
-    On CPU not around a mean that is not saved.
+    On CPU, a mean that is not saved has no barrier.
     """
     x = jax.ShapeDtypeStruct((6, 8), "float32")
 

@@ -1,6 +1,6 @@
-"""ONNX's own tables for its two operators pass: 19 node tests of each.
+"""ONNX's test tables for its two operators pass: 19 node tests of each.
 
-The wheel makes them, of NumPy arrays, when its modules of cases are imported.
+The onnx wheel computes them with NumPy when its modules of cases are imported.
 
 References:
   https://onnx.ai/onnx/operators/onnx__LayerNormalization.html
@@ -65,5 +65,5 @@ def test_each_output_is_that_of_the_table(name):
     assert tuple(node.output) == names
     actual = map(np.asarray, (y, *statistics)[: len(names)])
     for ours, theirs in zip(actual, outputs, strict=True):
-        # The tables, float32 themselves, ask for 1e-3; this is some units of float32.
+        # The tables are float32 and ask for 1e-3; this is a few units of float32.
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-6, strict=True)

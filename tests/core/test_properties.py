@@ -1,8 +1,8 @@
-"""All arguments alone and together, against float64 NumPy; and what must not matter.
+"""All arguments, alone and together, against float64 NumPy; and what must not matter.
 
-Compiling takes nearly all the time, so hypothesis varies what a compiled program can be
-given: values, their offset and spread, masks, and what hides behind the masks. The
-programs are the `POOL`, a table in which every two values of any two columns meet.
+Compiling takes nearly all the time, so hypothesis varies what a compiled program takes:
+values, their offset and spread, masks, and the values behind the masks. The programs are
+the `POOL`, a table in which every two values of any two columns meet.
 """
 
 import functools
@@ -47,10 +47,10 @@ MASKS = ("none", "full", "rows", "trailing")
 
 
 class Signature(NamedTuple):
-    """What is compiled; the first row of the pool is these defaults.
+    """What is compiled; the first row of the pool has these defaults.
 
-    `broadcast` parameters have the rank of `x`; where all axes are normalized there are
-    none such, and the row has both parameters of the normalized shape.
+    `broadcast` parameters have the rank of `x`. If all axes are normalized, they cannot
+    be broadcast, and the row has both parameters in the normalized shape.
     """
 
     function: str = "layer_norm"
@@ -78,7 +78,7 @@ class Signature(NamedTuple):
 
     @property
     def normalized_dtype(self):
-        """Of the sum, or of `x` where there is none."""
+        """The dtype of the sum, or of `x` if there is no residual."""
         with jax.numpy_dtype_promotion("standard"):
             return jnp.promote_types(self.x, self.residual if self.adds else self.x)
 
@@ -154,13 +154,13 @@ def _met_in(row, missing):
 
 POOL = pool()
 MASKED = [signature for signature in POOL if signature.mask != "none"]
-# A mask leaves no choice; without one, each implementation by its name.
+# Only one implementation takes a mask; without a mask, each runs by its name.
 BY_EACH = [
     (signature, name)
     for signature in POOL
     for name in (implementations.NAMES if signature.mask == "none" else (None,))
 ]
-# With epsilon = 0 a norm does not change at all when its rows are scaled.
+# With epsilon = 0, scaling the rows does not change a norm at all.
 EXACT = [
     Signature(function, layout, params="scale", epsilon=0.0)
     for function, layout in zip(
@@ -174,7 +174,7 @@ def over(signatures):
 
 
 def examples(number):
-    """So many examples of each signature, the same ones in every run."""
+    """Settings for `number` examples of each signature, the same ones in every run."""
     return settings(
         max_examples=number,
         deadline=None,
@@ -204,7 +204,7 @@ def compiled(signature, implementation):
 
 
 def assert_same(actual, expected):
-    """Value for value; NumPy does not take bfloat16's NaN for equal to itself."""
+    """Value for value; in NumPy, bfloat16's NaN does not equal itself."""
     assert np.asarray(actual).dtype == expected.dtype
     wide = (np.asarray(a).astype(np.longdouble) for a in (actual, expected))
     np.testing.assert_array_equal(*wide, strict=True)
@@ -230,7 +230,7 @@ class Problem(NamedTuple):
         return np.broadcast_to(True if self.mask is None else self.mask, shape)
 
     def hiding(self, value):
-        """With `value` in all that the mask leaves out, the cotangent of y too."""
+        """With `value` wherever the mask is False, also in the cotangent of y."""
 
         def spoiled(a):
             with np.errstate(over="ignore"):
@@ -255,7 +255,7 @@ def call(signature, problem, implementation=None):
             out, dparams, darrays = jax.device_get(
                 compiled(signature, implementation)(*arguments)
             )
-        except NotImplementedError as reason:  # of what was asked for by name alone
+        except NotImplementedError as reason:  # only if it was asked for by name
             pytest.skip(str(reason))
     y, *rest = out
     residual_out = rest.pop(0) if signature.adds else None

@@ -40,7 +40,7 @@ def test_the_citation_has_the_name_and_the_license_of_the_package():
 
 def test_what_is_installed_has_the_version_of_the_package():
     if (ROOT / "jax_layernorm").exists():
-        pytest.skip("an install in place keeps the version of the day it was made")
+        pytest.skip("an editable install keeps the version of the day it was made")
     assert importlib.metadata.version("jax-layernorm") == jln.__version__
 
 

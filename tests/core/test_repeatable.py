@@ -1,6 +1,6 @@
-"""The same inputs give the same bits: again, jitted or not, from any thread.
+"""The same inputs give the same bits in every run, jitted or not, from any thread.
 
-And in a hand-written kernel, a row gives the same bits whatever the other rows are.
+In a hand-written kernel, a row gives the same bits whatever the other rows are.
 """
 
 import functools
@@ -38,7 +38,7 @@ def forward(function, params, arrays, mask):
 
 
 def gradients(function, params, arrays, mask, dy):
-    """What the function returns, and then the gradients, of all that it returns."""
+    """What the function returns, then the gradients, with cotangents for all of it."""
     out, vjp = jax.vjp(lambda p, a: forward(function, p, a, mask), params, arrays)
     return out, vjp((dy, *jax.tree.map(jnp.cos, out[1:])))
 
@@ -69,7 +69,7 @@ def label(value):
     ),
 )
 def test_twenty_runs_give_the_same_bits_jitted_or_not(function, shape, dtype, masked):
-    """Also: the forward and backward pass as one program, and as one each."""
+    """Jitted, both passes are one program; otherwise, each pass is a program."""
     *arguments, dy = draw(function, shape, dtype=dtype, masked=masked)
     jitted = jax.jit(functools.partial(gradients, function))
     first = jitted(*arguments, dy)
@@ -114,7 +114,7 @@ def test_callers_in_several_threads_get_the_same_bits(function, jit, threads):
     ("jit", "threads"), ((True, 8), (False, 2)), ids=("jitted", "not jitted")
 )
 def test_first_calls_at_once_compile_and_agree(jit, threads):
-    """Of every function, in each thread, each starting with another one."""
+    """Each thread calls every function, and each starts with a different one."""
     features = 100 + 10 * threads + jit  # a shape that no other test has compiled
     problems = [(f, *draw(f, (33, features), masked=True)) for f in FUNCTIONS]
     run = jax.jit(gradients, static_argnums=0) if jit else gradients
@@ -144,7 +144,7 @@ def test_first_calls_at_once_compile_and_agree(jit, threads):
     ),
 )
 def test_the_bits_of_a_row_do_not_depend_on_the_other_rows(function, features, dtype):
-    """Nor on how many there are: the CPU kernel takes up to four of them together."""
+    """Nor on how many there are; the CPU kernel takes up to four rows together."""
     implementations.needed("native_cpu")
     function = functools.partial(function, implementation="native_cpu")
     rows = 11

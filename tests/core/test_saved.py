@@ -1,4 +1,4 @@
-"""What the backward pass keeps alive and computes: only what a wanted gradient needs."""
+"""The backward pass keeps alive and computes only what the wanted gradients need."""
 
 import functools
 import re
@@ -58,7 +58,7 @@ def test_bias_is_not_saved(function):
     assert without == x.nbytes + a_row(function)
 
 
-def test_of_a_wide_residual_stream_the_sum_is_saved_in_its_own_dtype():
+def test_the_sum_of_a_wide_residual_stream_is_saved_in_its_own_dtype():
     x, stream = jnp.ones((ROWS, FEATURES), "bfloat16"), jnp.ones((ROWS, FEATURES))
     saved = saved_bytes(jln.add_layer_norm, {}, x, stream)
     assert saved == stream.nbytes + a_row(jln.add_layer_norm)
@@ -96,7 +96,7 @@ def test_x_is_kept_and_not_copied():
 
 
 X, STATISTICS, SCALE, MASK = "x", "statistics", "scale", "mask"
-WANTED = {  # of which arguments gradients are wanted: what is kept for them
+WANTED = {  # the arguments whose gradients are wanted, and what is kept for them
     "x scale bias": (X, STATISTICS, SCALE),
     "x bias": (X, STATISTICS, SCALE),
     "x": (X, STATISTICS, SCALE),  # frozen parameters
@@ -191,7 +191,7 @@ def test_only_wanted_gradients_are_computed(around):
 
 
 def cotangents(jaxpr):
-    """Of y, the sum and the statistics: which the backward ops in a program get."""
+    """Which cotangents (y, the sum, mean, rstd) each backward op in a program gets."""
     for equation in jaxpr.eqns:
         if equation.primitive.name == _equations.BACKWARD:
             operands = jax.tree.unflatten(equation.params["treedef"], equation.invars)
@@ -234,7 +234,7 @@ def lowered(function, *arguments):
 
 @pytest.mark.parametrize("around", ("nothing", "remat", "scan", "vmap"))
 def test_a_program_that_uses_some_gradients_computes_those(around):
-    """As an optimizer does that freezes parameters after the gradients were taken."""
+    """As if an optimizer freezes parameters after the gradients were taken."""
     implementations.needed("native_cpu")
     params, x = jln.init_params(FEATURES), jnp.ones((ROWS, FEATURES))
     run = functools.partial(AROUND[around], jln.layer_norm)

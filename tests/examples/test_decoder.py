@@ -18,7 +18,7 @@ TINY = DecoderConfig(layers=2, width=32, heads=2, context=32)
 SHORT = TrainingConfig(steps=50, batch=8, validate_every=50)
 
 # Bits per byte of the first steps on SMALL_TEXT, TINY and SHORT, seed 0. They guard
-# the model, the data order and the optimizer; another CPU moves them by about 1e-6.
+# the model, the data order and the optimizer; on another CPU they differ by about 1e-6.
 GOLDEN = [
     7.997894, 7.977897, 7.913684, 7.742517, 7.620416,
     7.441772, 7.255473, 7.081035, 6.863641, 6.650803,
@@ -27,7 +27,7 @@ GOLDEN = [
 
 @pytest.fixture(scope="module", autouse=True)
 def most_of_xla_passes_left_out():
-    """They take most of the time here, and change losses by some 3e-6."""
+    """They take most of the time here, and change losses by about 3e-6."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

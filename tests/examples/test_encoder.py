@@ -39,7 +39,7 @@ erf = np.vectorize(math.erf)
 
 
 def tiny_weights():
-    """A state dict as `BertModel` has it, of random numbers."""
+    """A state dict with the names of `BertModel` and random numbers."""
     rng = np.random.default_rng(0)
     width, hidden = TINY.width, TINY.hidden
     shapes = {
@@ -173,7 +173,8 @@ def test_our_op_runs_in_every_place_and_in_no_other_norm(norm, calls):
 def assert_close_trees(got, wanted, tolerance):
     """Each leaf to `tolerance` times the largest number in the tree.
 
-    In the leaf would be too much: gradients of the keys' biases are 0 but for rounding.
+    The largest in the leaf would be too strict: gradients of the keys' biases are 0
+    except for rounding.
     """
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted))
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(wanted), strict=True):
@@ -286,7 +287,7 @@ def folder(tmp_path_factory):
 
 
 def run(capsys, *arguments):
-    """Exit code, what is printed, and what is printed as an error."""
+    """Exit code, standard output and standard error."""
     code = program.main([str(each) for each in arguments])
     return code, *capsys.readouterr()
 

@@ -30,17 +30,17 @@ SIZES = "--layers 1 --width 16 --heads 2 --context 16 --batch 4 --steps 11"
 TINY = f"--text {SMALL_TEXT} {SIZES} --validate-every 4 --checkpoint-every 3".split()
 SHAPES = [(d, m) for d in (1, 2, 4, 8) for m in (1, 2, 4, 8) if d * m <= 8]
 SOME = [(2, 1), (1, 2), (4, 2), (2, 4)]
-"""Of them; `ALL_MESHES=1 pytest tests/examples/test_mesh.py` takes all."""
+"""Some of `SHAPES`; `ALL_MESHES=1 pytest tests/examples/test_mesh.py` takes all."""
 
 
 @pytest.fixture(scope="module")
 def losses():
-    """`losses(shape)`: of 20 steps, on one device if it is None."""
+    """`losses(shape)`: losses of 20 steps, on one device if `shape` is None."""
     config = DecoderConfig(layers=1, width=16, heads=8, context=8)
     text = corpus.split_text(corpus.load_text(SMALL_TEXT))
 
     def run(shape=None, *, validated=False):
-        # The last step validates, and one more program has to be compiled.
+        # The last step validates, which compiles one more program.
         settings = TrainingConfig(steps=20 if validated else 21, batch=8)
         devices = Devices() if shape is None else Mesh.of(MeshShape(*shape))
         with devices.entered():
@@ -120,7 +120,7 @@ def free_port():
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """`start(count, *arguments)`: so many processes of the example, of one run."""
+    """`start(count, *arguments)`: that many processes of one run of the example."""
     environment = quick.environment(tmp_path_factory.mktemp("compiled"))
     started = []
 

@@ -29,7 +29,7 @@ TINY = f"--text {SMALL_TEXT} {SIZES} --steps 11 {EVERY}".split()
 
 
 class Program:
-    """A run of the program in a process of its own; `train_server` is the server's."""
+    """A run of the program in a separate process, which `train_server` starts."""
 
     def __init__(self, server, printed, arguments, moment=None):
         self.server, self.printed = server, printed
@@ -48,7 +48,7 @@ class Program:
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A function that starts the program; what one run compiled, the next ones load."""
+    """A function that starts the program; later runs load what earlier ones compiled."""
     folder = tmp_path_factory.mktemp("runs")
     with subprocess.Popen(
         [sys.executable, "-W", "error", train_server.__file__],
@@ -150,7 +150,7 @@ def test_a_second_signal_acts_as_usual():
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_a_finished_run_leaves_readable_files_and_tells_them(finished):
+def test_a_finished_run_leaves_readable_files_and_lists_them(finished):
     out, output = finished
     assert {path.name for path in out.iterdir()} == {*run_folder.FILES, run_folder.LOCK}
     assert all(name in output for name in run_folder.FILES)
@@ -332,7 +332,7 @@ BAD = {
 
 @contextlib.contextmanager
 def another_user():
-    """Not root, who may read and write everything."""
+    """A user who is not root, because root may read and write everything."""
     if os.geteuid():
         yield
         return
@@ -387,7 +387,7 @@ def test_what_the_user_may_not_touch_is_refused(capsys, option, name, message):
             "--out",
             str(folder / "run"),
         ]
-        # Once as before, so that nothing is imported by the other user.
+        # Run once as the first user, so that the other user imports nothing.
         assert train.main([*given, "--out", str(folder / "small.txt")]) == 2
         assert_one_line(capsys, "small.txt is a file")
         before = files(folder)

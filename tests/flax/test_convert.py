@@ -145,7 +145,7 @@ def test_nothing_is_shared_in_either_direction():
     for value in source.values():
         value[:] = 7
     for value in jln.convert.to_torch(params).values():
-        value[:] = 8  # so it is writable, as torch.from_numpy wants it
+        value[:] = 8  # it is writable, which torch.from_numpy asks for
     given = {"scale": np.ones(3, np.float32)}
     jln.convert.to_torch(given)["weight"][:] = 9
     assert {name: bits(value) for name, value in params.items()} == before

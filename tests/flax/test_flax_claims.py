@@ -1,4 +1,4 @@
-"""What Flax's own tests of its norms claim, of our classes and of Flax's, replaced.
+"""What Flax's tests claim of its norms holds for ours and for Flax's, replaced.
 
 The claims are those of `NormalizationTest` in Flax's tests/linen/linen_test.py, and in
 tests/nnx/nn of normalization_test.py and linear_test.py (commit 18f8f311).
@@ -51,7 +51,7 @@ def test_what_a_mask_keeps_is_normalized_whatever_it_leaves_out(norms, name):
 def test_without_parameters_it_is_the_formula(norms, name, axes, offset):
     options = {"use_bias": False} if name == "LayerNorm" else {}
     if offset:
-        options |= {"use_fast_variance": False}  # Flax's needs it there
+        options |= {"use_fast_variance": False}  # Flax's norm needs it at this offset
     norm = getattr(norms, name)(
         use_scale=False, epsilon=1e-5, reduction_axes=axes, **options
     )

@@ -1,4 +1,4 @@
-"""`jax_layernorm.linen` is Flax's linen norms; `test_modules` tests what NNX shares."""
+"""`jax_layernorm.linen` has Flax's linen norms; `test_modules` tests what NNX shares."""
 
 import dataclasses
 import inspect
@@ -40,7 +40,7 @@ class Block(nn.Module):
 
 
 class Repeated(nn.Module):
-    """`Block` under one of linen's own transformations."""
+    """`Block` under one of linen's transformations."""
 
     norms: Any
     how: str

@@ -1,4 +1,4 @@
-"""The modules of linen and NNX alike: dtypes, values, gradients, options, errors."""
+"""What holds for linen and NNX modules: dtypes, values, gradients, options, errors."""
 
 import itertools
 
@@ -62,7 +62,7 @@ def test_values_and_gradients_are_right_and_flaxs(
     name, x_dtype, param_dtype, dtype, x64
 ):
     case = FLOATS.index(x_dtype) + PARAMS_AND_RESULTS.index((param_dtype, dtype))
-    api = [*APIS][(case + (name == "RMSNorm")) % 2]  # of each pair, the other one
+    api = [*APIS][(case + (name == "RMSNorm")) % 2]  # the two APIs alternate
     x, params = draw(0, *SHAPE, dtype=x_dtype), draw_params(name, param_dtype)
     ours, flaxs = as_functions(api, name, dtype=dtype, param_dtype=param_dtype)
     got, dy = forward_and_gradients(ours, params, x)

@@ -1,4 +1,4 @@
-"""`jax_layernorm.nnx` is Flax's NNX norms; `test_modules` tests what linen shares."""
+"""`jax_layernorm.nnx` has Flax's NNX norms; `test_modules` tests what linen shares."""
 
 import inspect
 

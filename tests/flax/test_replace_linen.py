@@ -1,4 +1,4 @@
-"""`jax_layernorm.linen.replace`: a linen model as it is, its norms computed by ours."""
+"""`jax_layernorm.linen.replace`: our norms compute those of an unchanged linen model."""
 
 import contextlib
 import threading

@@ -1,4 +1,4 @@
-"""What `jax_layernorm.linen.replace` leaves to Flax, and what it must read as Flax does."""
+"""What `linen.replace` leaves to Flax, and which arguments it must read as Flax does."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""`jax_layernorm.nnx.replace`: an NNX model as it is, its norms computed by ours."""
+"""`jax_layernorm.nnx.replace`: our norms compute those of an unchanged NNX model."""
 
 import copy
 import multiprocessing
@@ -32,7 +32,7 @@ NORMS = 6 * LAYERS + 1  # of a Gemma
 
 
 def norm(kind=nnx.LayerNorm, **options):
-    """A norm whose parameters are not those it starts with."""
+    """A norm whose parameters are not the initial ones."""
     made = kind(FEATURES, **options, rngs=nnx.Rngs(0))
     nnx.update(made, perturbed(nnx.state(made)))
     return made

@@ -1,7 +1,7 @@
-"""The CUDA kernels on the CPU: what `implementation="cuda"` means where there is no GPU.
+"""The CUDA kernels on the CPU: what `implementation="cuda"` means without a GPU.
 
-All of the package runs as it is, but for the launches, which run the same CUDA C++, built
-by the host's compiler, with a fiber for each thread (tests/kernels/cuda).
+The whole package runs unchanged except the launches. They run the same CUDA C++, built by
+the host's compiler, with a fiber for each thread (tests/kernels/cuda).
 """
 
 import ctypes
@@ -23,7 +23,7 @@ SOURCES = pathlib.Path(cuda.__file__).parent
 BUILT = pathlib.Path(tempfile.gettempdir()) / "jax_layernorm_cuda_emulated"
 SEEDS = (0, 1)
 GPU = cuda._tiles.Gpu(90, 3)
-"""With few multiprocessors, so that each has several rows of a small matrix."""
+"""It has few multiprocessors, so that each has several rows of a small matrix."""
 
 
 def missing():
@@ -101,12 +101,12 @@ class GuardedArray:
             self.memory[self.first + self.bytes :],
         )
         assert (before == 0xFF).all() and (after == 0xFF).all(), (
-            "a write beside an array"
+            "the kernel wrote outside an array"
         )
 
 
 def run_once(launch, operands, results, seed, sources=SOURCES):
-    """What the launch writes. `operands` are arrays, `results` abstract, both by name."""
+    """What the launch writes. By name, `operands` are arrays and `results` are shapes."""
     arrays = {name: GuardedArray(a, a) for name, a in operands.items()}
     arrays |= {name: GuardedArray(a) for name, a in results.items()}
     number = ctypes.c_longlong(launch.number)
@@ -135,7 +135,7 @@ def run_once(launch, operands, results, seed, sources=SOURCES):
 
 
 def call(launch, operands, results, sources=SOURCES):
-    """In place of `cuda.call`."""
+    """Takes the place of `cuda.call`."""
     operands = {name: a for name, a in operands.items() if a is not None}
 
     def run(*values):
@@ -170,7 +170,7 @@ class EmulatedCuda:
 
 
 def install(monkeypatch, gpu=GPU, sources=SOURCES):
-    """From now on `implementation="cuda"` runs here, as on this GPU."""
+    """From now on `implementation="cuda"` runs here as on this GPU."""
     monkeypatch.setitem(KERNELS, "cuda", EmulatedCuda())
     monkeypatch.setattr(cuda, "call", functools.partial(call, sources=sources))
     monkeypatch.setattr(cuda, "_unavailable", lambda gpu: None)

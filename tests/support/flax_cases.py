@@ -59,7 +59,7 @@ def draw_params(name, dtype=jnp.float32):
 
 
 def forward_and_gradients(norm, params, x):
-    """`y`, the cotangents of `params` and `x` for a random one of `y`, and that one."""
+    """`(y, dparams, dx), dy`, with a random `dy`."""
     y, vjp = jax.vjp(norm, params, x)
     dy = draw(3, *y.shape, dtype=y.dtype)
     return (y, *vjp(dy)), dy
@@ -80,9 +80,9 @@ def assert_right(name, results, dy, params, x, **options):
 def assert_agree(ours, flaxs, *rounded_to):
     """Same trees, shapes and dtypes; values equal to the roundings of both sides.
 
-    Each side may be off by what `oracle.assert_close` allows, some 8 units of float32,
-    and may round to `rounded_to` on the way (half a unit each). Then a model of a few
-    layers has as much again for each.
+    Each side may be off by what `oracle.assert_close` allows, about 8 units of float32,
+    and may round to `rounded_to` on the way (half a unit each). The limit is larger,
+    because a model of a few layers may be off by as much again in each layer.
     """
     eps = sum(float(jnp.finfo(t).eps) for t in rounded_to)
     assert dtypes(ours) == dtypes(flaxs)
@@ -121,10 +121,10 @@ def as_function(norms, name, **options):
 
 
 def as_functions(api, name, **options):
-    """Ours and Flax's."""
+    """Our norm and Flax's as functions."""
     return (as_function(norms, name, **options) for norms in APIS[api])
 
 
 def for_all(test):
-    """Both norms of linen and of NNX."""
+    """Runs `test` for both norms of linen and of NNX."""
     return pytest.mark.parametrize("api", APIS)(for_both(test))

@@ -1,4 +1,4 @@
-"""Models that people have: a GPT in linen and a Gemma in NNX, with Flax's own norms."""
+"""Models like those in use: a GPT in linen and a Gemma in NNX, with Flax's norms."""
 
 import flax.linen as nn
 import jax
@@ -30,7 +30,7 @@ class GPTBlock(nn.Module):
     def __call__(self, x, _=None):
         h = nn.LayerNorm()(x)
         causal = nn.make_causal_mask(x[..., 0])
-        # Without biases: the gradient of the keys' is 0, and in floats mere rounding.
+        # Without biases, because the gradient of the keys' bias is only rounding.
         attention = nn.MultiHeadDotProductAttention(HEADS, use_bias=False)
         x = x + attention(h, mask=causal, deterministic=True)
         h = nn.gelu(nn.Dense(4 * WIDTH)(nn.LayerNorm()(x)))
@@ -151,7 +151,7 @@ def loss_and_logits_of_gemma(model):
 def count_ops(function, *arguments):
     """How often our forward and backward op run in `function(*arguments)`.
 
-    It is traced anew; a function that closes over a model may be in a cache of JAX's.
+    It is traced again, because JAX may have cached a function that closes over a model.
     """
     counts = {"layer_norm_forward": 0, "layer_norm_backward": 0}
 
@@ -175,7 +175,7 @@ def count_ops(function, *arguments):
 
 @jax.jit
 def perturbed(tree, seed=0):
-    """`tree` with every array a bit off what it was initialized to."""
+    """`tree` with every array a little different from its initial value."""
     leaves, structure = jax.tree.flatten(tree)
     keys = jax.random.split(jax.random.key(seed), len(leaves))
     leaves = [
@@ -186,7 +186,7 @@ def perturbed(tree, seed=0):
 
 
 def assert_close(got, want, *, units=64):
-    """Equal to so many units of float32's last place of each array's largest element."""
+    """Equal to `units` in the last place of each array's largest element, in float32."""
     assert dtypes(got) == dtypes(want)
 
     def check(a, b):

@@ -13,7 +13,7 @@ chosen = {}  # set by the fixture `implementation`
 
 
 class XlaAsOn:
-    """The form that XLA is given on another platform, on the CPU."""
+    """On the CPU, what the XLA implementation runs on another platform."""
 
     platforms = ("cpu",)
     not_default = staticmethod(xla.not_default)
@@ -28,12 +28,12 @@ class XlaAsOn:
         return xla.backward(problem._replace(platform=self.platform))
 
 
-FORMS = {"xla_as_on_tpu": XlaAsOn("tpu")}  # no implementations, but forms of one
+FORMS = {"xla_as_on_tpu": XlaAsOn("tpu")}  # variants of the XLA implementation
 
 
 @functools.cache
 def missing(implementation):
-    """Why it cannot run here at all, or None."""
+    """Why `implementation` cannot run here at all, or None."""
     x = jax.ShapeDtypeStruct((4, 128), "float32")
     norm = functools.partial(jln.layer_norm, implementation=implementation)
     try:
@@ -44,7 +44,7 @@ def missing(implementation):
 
 
 def needed(implementation):
-    """Skips the test, with the reason, where `implementation` cannot run here at all."""
+    """Skips the test, with the reason, if `implementation` cannot run here at all."""
     reason = missing(implementation)
     if reason is not None:
         pytest.skip(reason)

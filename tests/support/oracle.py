@@ -1,4 +1,4 @@
-"""What is right: NumPy in float64, two passes, no JAX. And how far from it is right."""
+"""The correct results, in float64 NumPy, two passes, no JAX; and all tolerances."""
 
 from typing import NamedTuple
 
@@ -11,10 +11,10 @@ class Expected(NamedTuple):
     mean: np.ndarray
     rstd: np.ndarray
     dx: np.ndarray
-    dx_size: np.ndarray  # of the terms that dx is the sum of, for each row
+    dx_size: np.ndarray  # the size, for each row, of the terms that add up to dx
     dscale: np.ndarray
     dbias: np.ndarray
-    y_size: np.ndarray  # of the terms of each of these, likewise
+    y_size: np.ndarray  # the same for y and the three below
     mean_size: np.ndarray
     dscale_size: np.ndarray
     dbias_size: np.ndarray
@@ -36,8 +36,8 @@ def norm(
 ):
     """Forward and backward; the gradients are for cotangents `dy`, `dmean`, `drstd`.
 
-    In long double where `x` is float64. Parameters have the normalized shape, in the
-    order of `axis`, or the rank of `x`, and their gradients likewise.
+    If `x` is float64, it computes in long double. Parameters have the normalized shape,
+    in the order of `axis`, or the rank of `x`. Their gradients have the same shape.
     """
     double = np.asarray(x).dtype in (np.float64, np.longdouble)
     wide = np.longdouble if double else np.float64
@@ -85,8 +85,8 @@ def norm(
         dx = dx - average(g) + dmean / (n * rstd)
     dx = keep(rstd * dx)
 
-    # What the statistics' dtype can say of x_hat: the mean is subtracted in two steps,
-    # each of which leaves eps of what it started from.
+    # How well the statistics' dtype can hold x_hat: the mean is subtracted in two steps,
+    # and each leaves an error of eps times its input.
     lost = rstd * eps * largest(x) if center else 0
     x_hat_size = largest(x_hat) + lost
     along_x_hat = np.abs(average(g * x_hat)) + rstd * np.abs(drstd) / n
@@ -131,10 +131,13 @@ def assert_close(actual, expected, *, summed=1, against=None, computed_in=None):
     """Within a few roundings of the dtype of `actual`, relative to the largest element.
 
     A result of order one, rounded once, is off by half a unit of its dtype; statistics
-    and sums in float32 or wider add a few units of that dtype. A sum of `summed` terms
-    errs, by chance, like its square root. `against` is the magnitude that the errors
-    are relative to, one for each row, where it is not that of `expected`; `computed_in`
-    the dtype of the arithmetic, where `actual` may be wider than it.
+    and sums in float32 or wider add a few units of that dtype. The random error of a sum
+    of `summed` terms grows like the square root of `summed`.
+
+    Args:
+      against: the magnitude, one for each row, that errors are relative to; None for
+        the magnitude of `expected`.
+      computed_in: the dtype of the arithmetic, if `actual` may be wider than it.
     """
     actual = np.asarray(actual)
     assert actual.shape == expected.shape
@@ -142,7 +145,8 @@ def assert_close(actual, expected, *, summed=1, against=None, computed_in=None):
     compute = min(own, float(jnp.finfo(jnp.float32).eps))
     if computed_in is not None:
         compute = float(jnp.finfo(computed_in).eps)
-    oracle = float(np.finfo(expected.dtype).eps)  # its roundings, where it is no wider
+    # The oracle rounds too, which counts if it is no wider than `actual`.
+    oracle = float(np.finfo(expected.dtype).eps)
     size = np.max(np.abs(expected), initial=0) if against is None else against
     unit = own / 2 + compute * (4 + 0.5 * np.sqrt(summed)) + 8 * oracle
     # A float16 below 6e-5 is a multiple of its smallest subnormal.

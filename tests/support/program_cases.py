@@ -217,7 +217,7 @@ def exported_with_a_symbolic_batch(norm):
 
 def mesh_of_two(axis_type):
     if jax.device_count() < 2:
-        pytest.skip("it takes two devices, and here is one")
+        pytest.skip("this needs two devices, and only one is here")
     return jax.make_mesh((2,), ("data",), axis_types=(axis_type,))
 
 

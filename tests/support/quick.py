@@ -9,7 +9,7 @@ import jax
 
 @functools.cache
 def _options():
-    """XLA's older way of compiling fusions on CPU, unless this XLA has it no longer."""
+    """XLA's older way of compiling fusions on CPU, if this XLA still has it."""
     options = {"xla_cpu_use_fusion_emitters": False}
     try:
         jax.jit(lambda: 0, compiler_options=options)()
@@ -25,7 +25,7 @@ def jit(function):
 
 
 def environment(folder):
-    """Of processes that run the examples; what one compiled, the next ones load."""
+    """Variables for processes that run the examples and share what they compile."""
     return os.environ | {
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(folder),

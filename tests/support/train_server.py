@@ -1,4 +1,4 @@
-"""Runs of the decoder example, each in a process of its own that is quick to start.
+"""Runs of the decoder example, each in a separate process that starts quickly.
 
 `python train_server.py` imports the example once, and forks a process for each request.
 JAX has started no backend and no thread by then, so a forked process is as good as a new
@@ -55,7 +55,7 @@ def between_the_metrics_and_the_checkpoint():
 
 
 def while_a_checkpoint_is_saved():
-    """Its arrays are on the disk, and what describes them is not."""
+    """Its arrays are on the disk, but the files that describe them are not."""
 
     def audit(event, arguments):
         if event == "open" and re.search(r"/6\..*tmp/_METADATA", str(arguments[0])):
@@ -87,7 +87,7 @@ def stopped_by_sigterm():
 
 
 def slowed_down():
-    """So that a signal comes before the end."""
+    """Slows each step, so that a signal comes before the end."""
 
     def append_row(metrics, row, original=run_folder.append_row):
         original(metrics, row)

@@ -1,11 +1,11 @@
-"""Transformations that a norm must come through: each case applies some to `norm`.
+"""Transformations that a norm must support: each case applies some to `norm`.
 
 A case is a function of `norm(params, x)` and returns a pytree of numbers. The test
 runs it with the library's norm and with plain `jax.numpy`, which JAX differentiates
 itself, and compares. `forward_mode` marks those that need `custom_vjp=False`.
 
 A case runs in one `jax.jit`, because op by op most of the time goes into compiling the
-ops; `outside_jit` marks the cases for which being outside is the point.
+ops; `outside_jit` marks the cases that test running outside `jax.jit`.
 
 Transformations of programs (control flow, remat, export, sharding) are in
 `program_cases`, those of functions (differentiation, vmap) here.

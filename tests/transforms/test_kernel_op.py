@@ -1,4 +1,4 @@
-"""A kernel runs where it is chosen, and is the reference under every transformation."""
+"""A kernel runs where it is chosen, and agrees with the equations everywhere."""
 
 import functools
 

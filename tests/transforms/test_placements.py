@@ -1,6 +1,6 @@
 """Every pair of placements of x, scale, bias and residual that plain `jax.numpy` accepts.
 
-Types and values are those of plain `jax.numpy`, of the results and of the gradients.
+Results and gradients have the types and values of plain `jax.numpy`.
 """
 
 import functools
@@ -67,7 +67,7 @@ def put(mesh, places):
 
 
 def accepted(places, explicit):
-    """JAX's rule: explicit names split an axis in one way, and one axis each."""
+    """JAX's rule: explicit names split an axis in one way, and each splits one axis."""
     ways = (set(), set())  # in which rows and features are split
     for name, place in zip(PLACES, places, strict=True):
         axes = (None, *place) if name in ("scale", "bias") else place or ()
@@ -80,7 +80,7 @@ def accepted(places, explicit):
 
 
 def every_pair(explicit):
-    """Cases in which each pair of two arrays' places occurs that does in any case."""
+    """A few accepted cases, in which every pair of two arrays' places occurs."""
     pairs = {
         places: set(itertools.combinations(enumerate(places), 2))
         for places in itertools.product(*PLACES.values())
@@ -120,7 +120,7 @@ def test_every_pair_of_placements_is_as_in_plain_jax_numpy(function, kinds):
         for (places, case), result in zip(cases.items(), results, strict=True):
             as_plain = jax.tree.leaves(jax.eval_shape(run_plain, case))
             for array, wanted in zip(jax.tree.leaves(result), as_plain, strict=True):
-                if wanted.sharding is not None:  # no axis is explicit
+                if wanted.sharding is not None:  # None if no axis is explicit
                     assert jax.typeof(array).sharding == wanted.sharding, places
             close = functools.partial(
                 np.testing.assert_allclose, rtol=2e-5, atol=5e-6, err_msg=str(places)

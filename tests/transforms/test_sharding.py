@@ -1,4 +1,4 @@
-"""Split over devices: the right collectives, and the numbers of the unsplit norm."""
+"""A norm split over devices has the right collectives, and the unsplit norm's values."""
 
 import functools
 import re
@@ -55,7 +55,7 @@ def placed(arguments, mesh, layout):
 
 
 def collectives(function, *arguments):
-    """Those of the compiled program, in its order."""
+    """The collectives of the compiled program, in its order."""
     text = jax.jit(function).lower(*arguments).compile().as_text()
     return re.findall(rf" = [^=\n]*?\b({COLLECTIVES})(?:-start)?\(", text)
 
@@ -75,7 +75,7 @@ def values_and_gradients(function, arguments, **options):
 
 
 def assert_same(actual, expected):
-    """To a few roundings of float32: sums are taken in another order."""
+    """To a few roundings of float32, because sums are taken in another order."""
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=5e-6),
         actual,
@@ -159,7 +159,7 @@ def test_in_shard_map_it_is_the_unsharded_norm(function, layout, check_vma):
 
     def run(*arguments):
         out, pullback = jax.vjp(sharded, *arguments)
-        # Of each row's copies of the statistics one gets a cotangent, the last.
+        # Only the last of each row's copies of the statistics gets a cotangent.
         own = jax.tree.map(jnp.cos, out)
         last = jax.tree.map(lambda a: a.at[..., :-1].set(0), own[-1])
         gradients = pullback((*own[:-1], last))
@@ -253,7 +253,8 @@ def test_higher_derivatives_with_explicit_axes(order):
         assert_same(np.asarray(jax.jit(derivative)(split)), expected)
 
 
-# Split over an axis of vmap: the trap is an output that is the same for all members.
+# Features split over an axis of vmap. Outputs that are the same for all members of the
+# axis are where gradients go wrong most easily.
 
 
 @pytest.mark.parametrize("custom_vjp", (True, False))
@@ -336,7 +337,7 @@ def test_two_axis_names_split_the_rows_over_both():
 
 
 def test_statistics_of_split_features_come_out_of_shard_map():
-    """They vary by their type: stacked, or averaged, with gradients of whole rows."""
+    """Their type says that they vary, so they are stacked or averaged."""
     x = draw(4, FEATURES, seed=0)
     mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Auto,))
 

@@ -1,7 +1,7 @@
-"""Placements that meet: names and meshes, masks, parameters of examples, mixed axes.
+"""Placements together: names and meshes, masks, parameters per example, mixed axes.
 
-Small arrays, one `jax.jit` each; what is right is the norm of the same arrays on one
-device, which other tests compare with NumPy.
+Arrays are small, and each test has one `jax.jit`. The reference is the norm of the same
+arrays on one device, which other tests compare with NumPy.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Norms come through every transformation with the values of plain `jax.numpy`."""
+"""Under every transformation, norms have the values of plain `jax.numpy`."""
 
 import contextlib
 import functools
@@ -30,7 +30,7 @@ def plain_norm(params, x, *, axes=(-1,), center=True, mask=None):
     return jnp.where(take, c * rstd * params["scale"] + params["bias"], 0), mean, rstd
 
 
-# Each variant: `norm(params, x)` of ours, with options, and of plain jax.numpy.
+# Each variant is a pair: our `norm(params, x)`, with options, and plain jax.numpy's.
 
 
 def layer_norm(params, x, **options):
@@ -101,15 +101,15 @@ VARIANTS = {
     "layer norm": (layer_norm, plain_layer_norm, 1e-9),
     "masked RMS norm": (masked_rms_norm, plain_masked_rms_norm, 1e-9),
     "all together": (all_together, plain_all_together, 1e-9),
-    # dx is rounded to bfloat16; in a third derivative, three times over
+    # dx is rounded to bfloat16, and three times in a third derivative.
     "adaptive bfloat16": (adaptive_bfloat16, plain_adaptive_bfloat16, 6e-2),
     "added with statistics": (added_with_statistics, plain_added_with_statistics, 1e-9),
 }
 FOR_KERNELS = "added with statistics"
-"""What surrounds the kernels is the same for all: one variant, that all can run."""
+"""The variant that all kernels can run; what surrounds them is the same for all."""
 IN_TURN = [name for name in VARIANTS if name != FOR_KERNELS]
 HIGHER = ("grad_of_grad", "hessian", "hvp_of", "jacrev_of", "jacfwd", "vmap_of_hvp")
-"""Cases of higher derivatives, which are those of the equations and of no kernel."""
+"""Cases of higher derivatives, which run the equations and no kernel."""
 RUNS = [
     *((name, IN_TURN[i % len(IN_TURN)]) for i, name in enumerate(sorted(CASES))),
     *(
@@ -130,8 +130,8 @@ OP_BY_OP = (
     "grad_inside_shard_map",
     "jvp_of_shard_map",
 )
-"""One of each kind, that runs outside `jax.jit` too."""
-# Where this kernel must say that it cannot run, and why.
+"""One of each kind of case, which runs outside `jax.jit` too."""
+# The cases that a kernel must refuse, and its reasons.
 REFUSED = {
     ("native_cpu", "exported_for_three_platforms"): "it supports CPUs only|is exported",
     ("native_cpu", "exported_with_a_symbolic_batch"): "is symbolic|is exported",
@@ -158,14 +158,14 @@ def ways(name, variant):
         ]
     if name in FORWARD_MODE:
         return [{"custom_vjp": False}]
-    # Without `custom_vjp` reverse mode is JAX's own: a third of the cases is enough.
+    # Without `custom_vjp` JAX does reverse mode itself: a third of the cases is enough.
     by_jax = [{"custom_vjp": False}] if REVERSE_MODE.index(name) % 3 == 0 else []
     return [{"implementation": "xla"}, *by_jax]
 
 
 @contextlib.contextmanager
 def strict(name):
-    """JAX's checks; that of leaks, which takes long, for every 20th case."""
+    """JAX's checks; the check for leaks takes long, so only every 20th case has it."""
     every_20th = sorted(CASES).index(name) % 20 == 0
     with (
         jax.numpy_rank_promotion("raise"),
@@ -190,7 +190,7 @@ def test_every_transformation_gives_the_values_of_plain_jax_numpy(name, variant)
             with strict(name):
                 result = transformed()
             assert_same(result, expected, tolerance)
-        else:  # what is named runs or raises
+        else:  # a named implementation runs or raises
             with pytest.raises(NotImplementedError, match=reason):
                 transformed()
 
