@@ -160,10 +160,13 @@ def _check_param(key: str, value: Any, x: Array, axes: tuple[int, ...]) -> Array
     if value.ndim == rank != len(axes) and _broadcasts(value.shape, x.shape):
         return value
     broadcast = "" if rank == len(axes) else f", or rank {rank} and broadcast against x"
+    fix = "Did you normalize the wrong axis?"
+    if list(axes) == sorted(axes) and _broadcasts(value.shape, expected):
+        shared = "one number for all" if value.size == 1 else "the same for several"
+        fix = f"If it is {shared} features, pass jnp.broadcast_to({name}, {expected})."
     raise ValueError(
         f"{name} must have shape {expected}, the shape of x {x.shape} along axis"
-        f" {axes if len(axes) > 1 else axes[0]}{broadcast}; got {value.shape}."
-        " Did you normalize the wrong axis?"
+        f" {axes if len(axes) > 1 else axes[0]}{broadcast}; got {value.shape}. {fix}"
     )
 
 

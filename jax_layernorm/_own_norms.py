@@ -92,13 +92,11 @@ def looks_like_a_norm(
     That is so by its name, or if its parameters are a vector called scale, weight or
     gamma, and perhaps other vectors, and it has no submodules.
     """
-    if has_modules or kind.__module__.partition(".")[0] == "flax":
-        return False
-    if _OTHER_NORM.search(kind.__name__):
+    if kind.__module__.partition(".")[0] == "flax" or _OTHER_NORM.search(kind.__name__):
         return False
     if _NORM.search(kind.__name__):
         return True
-    vectors = all(jnp.ndim(param) == 1 for param in params.values())
+    vectors = not has_modules and all(jnp.ndim(param) == 1 for param in params.values())
     return vectors and any(name in params for name in _SCALES)
 
 

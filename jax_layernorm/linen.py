@@ -51,6 +51,7 @@ class LayerNorm(nn.LayerNorm):
 
     Attributes:
       scale_offset: added to `scale` in float32.
+      round_before_scale: round `x_hat` to the dtype of `x`, as `layer_norm` does.
       implementation: a name, or None for the best implementation that can run.
       custom_vjp: False lets JAX differentiate the equations; forward mode needs that
         (`jvp`, `jacfwd`, `linearize`).
@@ -72,6 +73,7 @@ class LayerNorm(nn.LayerNorm):
     """
 
     scale_offset: float = 0.0
+    round_before_scale: bool = False
     implementation: Implementation | None = None
     custom_vjp: bool = True
 
@@ -98,6 +100,7 @@ class RMSNorm(nn.RMSNorm):
     Attributes:
       scale_offset: added to `scale` in float32; 1.0 with `scale_init=zeros` gives the
         norm of Gemma.
+      round_before_scale: round `x_hat` to the dtype of `x`, as Llama does.
       implementation: a name, or None for the best implementation that can run.
       custom_vjp: False lets JAX differentiate the equations; forward mode needs that.
 
@@ -117,6 +120,7 @@ class RMSNorm(nn.RMSNorm):
     """
 
     scale_offset: float = 0.0
+    round_before_scale: bool = False
     implementation: Implementation | None = None
     custom_vjp: bool = True
 
@@ -224,13 +228,16 @@ class _Open(threading.local):
     def __init__(self) -> None:
         self.reports: list[Report] = []
         self.computing: list[nn.Module] = []  # own norms, in the calls of `compute`
+        self.reported = 0  # how many calls
 
     def replaced(self, path: str, kind: str) -> None:
+        self.reported += 1
         for report in self.reports:
             report.replaced[path] = kind
             report.left.pop(path, None)
 
     def left(self, path: str, reason: str) -> None:
+        self.reported += 1
         for report in self.reports:
             report.left[path] = reason
 
@@ -279,11 +286,13 @@ def _intercept(
     elif _is_bridge(module) and context.method_name == "__call__":
         call = functools.partial(_compute_bridged, context, path, options)
     else:
+        reported = _open.reported
         out = next_fun(*args, **kwargs)
-        if context.method_name == "__call__" and _looks_like_a_norm(module, options):
+        inside = _open.reported > reported
+        is_call = context.method_name == "__call__"
+        if is_call and not inside and _looks_like_a_norm(module, options):
             name = type(module).__qualname__
-            if not any(path in report.replaced for report in _open.reports):
-                _open.left(path, _own_norms.ITS_OWN_CLASS.format(name=name))
+            _open.left(path, _own_norms.ITS_OWN_CLASS.format(name=name))
         return out
     # Interceptors that the user entered inside the block must still run. `next_fun`
     # runs them too, but would end in the module's own code. Flax has no public list of
@@ -438,6 +447,7 @@ def _call(
         reduction_axes=module.reduction_axes,
         feature_axes=module.feature_axes,
         scale_offset=module.scale_offset,
+        round_before_scale=module.round_before_scale,
         implementation=module.implementation,
         custom_vjp=module.custom_vjp,
     )
@@ -452,6 +462,7 @@ def _compute(
     reduction_axes: Axes,
     feature_axes: Axes,
     scale_offset: float = 0.0,
+    round_before_scale: bool = False,
     implementation: Implementation | None = None,
     custom_vjp: bool,
 ) -> Array | tuple[Array, Array]:
@@ -478,6 +489,7 @@ def _compute(
         axis_index_groups=module.axis_index_groups,
         epsilon=module.epsilon,
         scale_offset=scale_offset,
+        round_before_scale=round_before_scale,
         custom_vjp=custom_vjp,
         implementation=implementation,
     )

@@ -10,7 +10,7 @@ import copy
 import copyreg
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax.numpy as jnp
@@ -59,6 +59,7 @@ class LayerNorm(nnx.LayerNorm):
     Args:
       num_features: the length of the last axis of `x`.
       scale_offset: added to `scale` in float32.
+      round_before_scale: round `x_hat` to the dtype of `x`, as `layer_norm` does.
       implementation: a name, or None for the best implementation that can run.
       custom_vjp: False lets JAX differentiate the equations; forward mode needs that
         (`jvp`, `jacfwd`, `linearize`).
@@ -90,12 +91,14 @@ class LayerNorm(nnx.LayerNorm):
         num_features: int,
         *,
         scale_offset: float = 0.0,
+        round_before_scale: bool = False,
         implementation: Implementation | None = None,
         custom_vjp: bool = True,
         **options: Any,
     ):
         super().__init__(num_features, **options)
         self.scale_offset = scale_offset
+        self.round_before_scale = round_before_scale
         self.implementation = implementation
         self.custom_vjp = custom_vjp
 
@@ -122,6 +125,7 @@ class RMSNorm(nnx.RMSNorm):
       num_features: the length of the last axis of `x`.
       scale_offset: added to `scale` in float32; 1.0 with `scale_init=zeros` gives the
         norm of Gemma.
+      round_before_scale: round `x_hat` to the dtype of `x`, as Llama does.
       implementation: a name, or None for the best implementation that can run.
       custom_vjp: False lets JAX differentiate the equations; forward mode needs that.
       epsilon, dtype, param_dtype, use_scale, scale_init, reduction_axes, feature_axes,
@@ -152,12 +156,14 @@ class RMSNorm(nnx.RMSNorm):
         num_features: int,
         *,
         scale_offset: float = 0.0,
+        round_before_scale: bool = False,
         implementation: Implementation | None = None,
         custom_vjp: bool = True,
         **options: Any,
     ):
         super().__init__(num_features, **options)
         self.scale_offset = scale_offset
+        self.round_before_scale = round_before_scale
         self.implementation = implementation
         self.custom_vjp = custom_vjp
 
@@ -203,10 +209,10 @@ def replace(
         of class back out.
       also: the model's own norm classes, each with a function `compute(norm, x, ...)`
         that returns what the class's `__call__` would, by way of this package's
-        functions. It applies to these classes and to subclasses that keep `__call__`.
-        A norm then gets a subclass of its class that has the same name and calls
-        `compute`. A pickle of it holds the model's class, so replace again after
-        loading.
+        functions. It applies to these classes, and to subclasses whose `__call__` is
+        theirs or calls it by `super()`. A norm then gets a subclass of its class that
+        has the same name and calls `compute`. A pickle of it holds the model's class,
+        so replace again after loading.
       implementation: a name as for `layer_norm`, or None for the best implementation
         that can run. A norm that the named implementation cannot run raises when it is
         called.
@@ -238,10 +244,10 @@ def replace(
     fix = "Pass subclasses of flax.nnx.Module; for linen there is linen.replace."
     also = _own_norms.check_also(also, (nnx.Module,), fix)
     for _, module in _modules(model):
-        kind, compute = _before(module)
-        compute = _compute_of(kind, also) or compute
-        if compute is not None:
-            made = _computed(kind, compute, implementation, custom_vjp)
+        kind, own = _before(module)
+        own = _own_norm(kind, also) or own
+        if own is not None:
+            made = _computed(kind, *own, implementation, custom_vjp)
             object.__setattr__(module, "__class__", made)
         elif isinstance(module, nnx.LayerNorm | nnx.RMSNorm):
             _replace_flaxs(module, implementation, custom_vjp)
@@ -253,6 +259,7 @@ def _replace_flaxs(
 ) -> None:
     if not isinstance(norm, LayerNorm | RMSNorm) and _left(norm) is None:
         norm.scale_offset = 0.0
+        norm.round_before_scale = False
         norm._replaced = True
         object.__setattr__(norm, "__class__", _ours(type(norm)))
     if getattr(norm, "_replaced", False):
@@ -298,23 +305,23 @@ class Found(NamedTuple):
     left: str | None
 
 
-def norms_of(model: Any) -> Iterator[Found]:
+def norms_of(model: Any) -> list[Found]:
     """Finds the norms of a model, and what looks like a norm. Not public."""
+    found = []
     for path, module in _modules(model):
-        if _before(module).compute is not None or isinstance(
-            module, LayerNorm | RMSNorm
-        ):
-            yield Found(path, module, None)
+        if _before(module).own is not None or isinstance(module, LayerNorm | RMSNorm):
+            found.append(Found(path, module, None))
         elif isinstance(module, nnx.LayerNorm | nnx.RMSNorm):
-            yield Found(path, module, _left(module) or "replace() would replace it")
+            left = _left(module) or "replace() would replace it"
+            found.append(Found(path, module, left))
         elif isinstance(module, nnx.bridge.ToNNX):
-            reason = (
-                "a linen model; call it within `with jax_layernorm.linen.replace():`"
-            )
-            yield Found(path, module, reason)
+            left = "a linen model; call it within `with jax_layernorm.linen.replace():`"
+            found.append(Found(path, module, left))
         elif _looks_like_a_norm(module):
-            name = type(module).__qualname__
-            yield Found(path, module, _own_norms.ITS_OWN_CLASS.format(name=name))
+            left = _own_norms.ITS_OWN_CLASS.format(name=type(module).__qualname__)
+            found.append(Found(path, module, left))
+    holders = {f.path[:n] for f in found for n in range(len(f.path))}
+    return [f for f in found if f.path not in holders or not _looks_like_a_norm(f.norm)]
 
 
 def _modules(model: Any) -> list[tuple[tuple[Any, ...], Any]]:
@@ -357,11 +364,18 @@ def _left(norm: nnx.LayerNorm | nnx.RMSNorm) -> str | None:
     return None
 
 
+class _Own(NamedTuple):
+    """A model's own norm class, and what returns what its `__call__` would."""
+
+    base: type
+    compute: _own_norms.Compute
+
+
 class _Before(NamedTuple):
     """The class that a module had before `replace`, and what computes it now, if any."""
 
     kind: type
-    compute: _own_norms.Compute | None = None
+    own: _Own | None = None
 
 
 _computed_classes: dict[type, _Before] = {}
@@ -378,31 +392,36 @@ def _before(module: nnx.Module) -> _Before:
     return _Before(kind)
 
 
-def _compute_of(
-    kind: type, also: Mapping[type, _own_norms.Compute]
-) -> _own_norms.Compute | None:
+def _own_norm(kind: type, also: Mapping[type, _own_norms.Compute]) -> _Own | None:
     for base in kind.__mro__:
-        if base in also and kind.__call__ is base.__call__:
-            return also[base]
+        if base in also and _own_norms.calls_super(kind, base):
+            return _Own(base, also[base])
     return None
 
 
 @functools.cache
 def _computed(
     kind: Any,
+    base: Any,
     compute: _own_norms.Compute,
     implementation: Implementation | None,
     custom_vjp: bool,
 ) -> type:
-    """The class of a replaced norm of the model's own class `kind`."""
+    """The class of a replaced norm of class `kind`, whose `__call__` is that of `base`.
 
-    @functools.wraps(kind.__call__)
+    Or calls it by `super()`: the class that calls `compute` stands before `base`.
+    """
+
+    @functools.wraps(base.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         with _own_norms.computing(implementation, custom_vjp):
             return compute(self, *args, **kwargs)
 
-    made = _subclass(_pickled_as_base(type(kind)), (kind,), {"__call__": __call__})
-    _computed_classes[made] = _Before(kind, compute)
+    metaclass = _pickled_as_base(type(kind))
+    made = _subclass(metaclass, (base,), {"__call__": __call__})
+    if kind is not base:
+        made = _subclass(metaclass, (kind, made), {})
+    _computed_classes[made] = _Before(kind, _Own(base, compute))
     return made
 
 
@@ -480,6 +499,7 @@ def _call(
         axis_index_groups=module.axis_index_groups,
         epsilon=module.epsilon,
         scale_offset=module.scale_offset,
+        round_before_scale=module.round_before_scale,
         custom_vjp=module.custom_vjp,
         implementation=module.implementation,
     )

@@ -232,6 +232,37 @@ def test_every_function_checks(function):
         jax.jit(function)({"scale": jnp.ones(7)}, *arrays)
 
 
+@pytest.mark.parametrize(
+    ("shape", "axis", "expected", "shared"),
+    [
+        ((1,), -1, (8,), "one number for all"),
+        ((), -1, (8,), "one number for all"),
+        ((8,), (-2, -1), (3, 8), "the same for several"),
+        ((1, 8), (-2, -1), (3, 8), "the same for several"),
+        ((3, 1), (-2, -1), (3, 8), "the same for several"),
+    ],
+)
+def test_the_error_of_a_shared_scale_says_what_to_write(shape, axis, expected, shared):
+    x, scale = jax.random.normal(jax.random.key(0), (2, 3, 8)), 2 * jnp.ones(shape)
+    fix = f"jnp.broadcast_to(params['scale'], {expected})"
+    with raises(ValueError, f"If it is {shared} features, pass {fix}."):
+        jln.layer_norm({"scale": scale}, x, axis=axis)
+
+    def as_it_says(params):
+        scale = eval(fix)
+        return jln.layer_norm({"scale": scale}, x, axis=axis)
+
+    y, pullback = jax.vjp(as_it_says, {"scale": scale})
+    assert jnp.allclose(y, 2 * jln.layer_norm({}, x, axis=axis), atol=1e-6)
+    assert pullback(y)[0]["scale"].shape == shape
+
+
+@pytest.mark.parametrize("axis", ((-1, -2), (-2, -1)))
+def test_a_scale_that_fits_no_axis_is_not_spread(axis):
+    with raises(ValueError, "Did you normalize the wrong axis?"):
+        jln.layer_norm({"scale": jnp.ones(3)}, jnp.ones((2, 3, 8)), axis=axis)
+
+
 def test_parameters_of_several_axes_have_their_shape_in_the_order_of_axis():
     with raises(ValueError, "must have shape (8, 3), the shape of x (2, 3, 8) along"):
         jln.layer_norm({"scale": jnp.ones((3, 8))}, X, axis=(2, 1))

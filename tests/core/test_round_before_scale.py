@@ -68,7 +68,10 @@ def test_the_equations_alone_give_the_same_in_either_mode():
     np.testing.assert_allclose(got, want, rtol=1e-6)
     for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(others), strict=True):
         np.testing.assert_allclose(
-            np.asarray(one, np.float32), np.asarray(other, np.float32), rtol=0.02, atol=0.02
+            np.asarray(one, np.float32),
+            np.asarray(other, np.float32),
+            rtol=0.02,
+            atol=0.02,
         )
 
 

@@ -46,7 +46,11 @@ def check(case, shape, implementation):
     arrays = [x]
     if case.residual:
         arrays.append(residual.astype(case.residual))
-    name = ("add_" if case.residual else "") + ("layer" if case.center else "rms") + "_norm"
+    name = (
+        ("add_" if case.residual else "")
+        + ("layer" if case.center else "rms")
+        + "_norm"
+    )
     normalized = np.asarray(sum(a.astype(jnp.float32) for a in arrays))
     normalized = normalized.astype(jnp.result_type(*arrays))
     dtype = jnp.result_type(normalized, *params.values())
@@ -80,7 +84,9 @@ def check(case, shape, implementation):
         unit = float(jnp.finfo(normalized.dtype).eps)
         off = np.abs(np.asarray(y) - right) > 4e-6 * (1 + np.abs(right))
         assert off.mean() < 0.003
-        np.testing.assert_allclose(np.asarray(y), right, rtol=2 * unit + 1e-5, atol=unit)
+        np.testing.assert_allclose(
+            np.asarray(y), right, rtol=2 * unit + 1e-5, atol=unit
+        )
     if case.scale:
         dscale = np.sum(np.asarray(dy, np.float64) * x_hat.astype(np.float64), 0)
         size = np.sum(np.abs(np.asarray(dy, np.float64)) * np.abs(x_hat), 0)
