@@ -72,6 +72,12 @@ def apply_norm(
     # An integer x gives float32 here.
     dtype = jnp.dtype(canonicalize_dtype(x, *params.values(), dtype=dtype))
     x = _as_floating(x)
+    if options.get("round_before_scale") and dtype == jnp.float64 != x.dtype:
+        raise ValueError(
+            "round_before_scale needs x in float64 if the result is float64, because x is"
+            f" widened first; got x in {x.dtype}. Convert x, or pass dtype="
+            f"{x.dtype.name!r}."
+        )
     options |= {"axis": axis, "dtype": dtype, "mask": mask}
     norm = _functions.layer_norm if center else _functions.rms_norm
     if residual is None:

@@ -18,7 +18,6 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, partial_eval
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -112,7 +111,15 @@ class KernelOp:
         self._batched, self._batched_reference = batch, batched_reference
         self._traced = functools.lru_cache(maxsize=4096)(self._trace)
         self._compiled = functools.lru_cache(maxsize=4096)(self._compile)
-        self._primitive = primitive = Primitive(name)
+
+    @functools.cached_property
+    def _primitive(self) -> Any:
+        # Not imported with the package, because `jax.extend` loads Pallas: a third of
+        # the package's import time. If two threads come here at once, each makes a
+        # primitive, and both work.
+        from jax.extend.core import Primitive
+
+        primitive = Primitive(self.name)
         primitive.multiple_results = True
         primitive.def_impl(self._evaluate)
         primitive.def_abstract_eval(self._abstract_eval)
@@ -123,6 +130,7 @@ class KernelOp:
         for platform in PLATFORMS:
             lower = functools.partial(self._lower, platform)
             mlir.register_lowering(primitive, lower, platform=platform)
+        return primitive
 
     def __call__(self, *operands: Any, **static: Hashable) -> Any:
         self._check(self._unplaced(operands, static))
