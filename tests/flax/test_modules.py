@@ -316,6 +316,22 @@ def test_scale_offset_of_one_with_zeros_is_a_scale_of_ones(api, name):
 
 
 @for_all
+def test_round_before_scale_is_that_of_the_functions(api, name, x64):
+    params, x = draw_params(name), draw(0, *SHAPE, dtype=jnp.bfloat16)
+    norm = as_function(APIS[api][0], name, round_before_scale=True)
+    function = jln.layer_norm if name == "LayerNorm" else jln.rms_norm
+    options = {"dtype": jnp.float32, "round_before_scale": True}
+    want = function(params, x, **options)
+    assert_equal(norm(params, x), want)
+    assert not (norm(params, x) == as_function(APIS[api][0], name)(params, x)).all()
+    y, residual = norm(params, x, residual=x)
+    assert_equal(y, function(params, residual, **options))
+    wide = as_function(APIS[api][0], name, round_before_scale=True, dtype="float64")
+    with pytest.raises(ValueError, match="needs x in float64"):
+        wide(params, x)
+
+
+@for_all
 def test_implementation_is_a_name_or_a_value_error(api, name):
     x, params, norms = draw(0, *SHAPE), draw_params(name), APIS[api][0]
     default = jln.explain(params, x)["cpu"].implementation
