@@ -100,7 +100,8 @@ def test_own_norms_names_the_models(command, capsys):
 
 def test_own_norms_says_what_to_install(command, monkeypatch, capsys):
     own_norms = command("own_norms")
-    absent = own_norms.Source("no_such_package.models:Model", "pip install it", None)
+    source = type(own_norms.SOURCES["LLaDA"])
+    absent = source("no_such_package.models:Model", "pip install it", None)
     monkeypatch.setattr(own_norms, "SOURCES", {"Absent": absent})
     monkeypatch.setattr(own_norms, "apart", lambda measure, *a: measure(*a))
     with pytest.raises(SystemExit, match="pip install it"):
