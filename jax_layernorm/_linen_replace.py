@@ -1,0 +1,302 @@
+"""`linen.replace`: a block in which calls of norms are intercepted and computed here."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from flax import linen as nn
+
+from jax_layernorm import _arguments, _linen_norms, _own_norms
+from jax_layernorm._arguments import Implementation
+from jax_layernorm._flax import Report, flax_axes, left_to_flax
+
+
+@contextlib.contextmanager
+def replace(
+    *,
+    also: Mapping[type, Callable[..., Any]] | None = None,
+    implementation: Implementation | None = None,
+    custom_vjp: bool = True,
+) -> Iterator[Report]:
+    """Lets this package compute Flax's linen norms within a `with` block.
+
+    Every `flax.linen.LayerNorm` and `flax.linen.RMSNorm` that any model calls in the
+    block is computed as `jax_layernorm.linen` computes it. Modules, parameters (boxed
+    parameters too), names, dtypes and checkpoints stay the same. Only speed, memory and
+    accuracy change.
+
+    Anything that would change behavior is left to Flax: calls with a mask, calls with
+    `axis_index_groups`, and calls with dtypes that this package refuses (complex,
+    float8). A subclass that overrides `__call__` stays as it is, except for a
+    `super().__call__` in it.
+
+    A function that was jitted and called outside the block is traced again inside it,
+    and vice versa, because the block is part of the key of JAX's caches. Only the
+    calling thread is affected. In nested blocks, the arguments of the innermost block
+    apply, and the classes of all blocks.
+
+    Norms inside `flax.nnx.bridge.to_linen` are replaced too, as `jax_layernorm.nnx`
+    replaces them.
+
+    Args:
+      also: the model's own norm classes, each with a function `compute(norm, x, ...)`
+        that returns what the class's `__call__` would, by way of this package's
+        functions. It applies to these classes and to subclasses that keep `__call__`.
+        `norm` is bound, so `compute` can call `norm.get_variable("params", "scale")` or
+        `norm.param`. During `init` the class itself runs, because it makes the
+        parameters. Define `compute` once and not in each block, because JAX traces the
+        model again for each new function.
+      implementation: a name as for `layer_norm`, or None for the best implementation
+        that can run. A norm that the named implementation cannot run raises.
+      custom_vjp: pass False for models that are differentiated in forward mode (`jvp`,
+        `jacfwd`, `linearize`). JAX then differentiates the equations.
+
+    Yields:
+      A `Report`, which fills as calls are traced. Calls that an earlier block compiled
+      are not traced again, so they are not reported again.
+
+    Raises:
+      TypeError: `custom_vjp` is not True or False, or `also` does not map module classes
+        to functions.
+      ValueError: `implementation` is unknown, or does not support `custom_vjp=False`.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> import jax, jax.numpy as jnp
+      >>> import jax_layernorm as jln
+      >>> model = nn.Sequential([nn.Dense(4), nn.LayerNorm()])
+      >>> x = jnp.ones((2, 3))
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> with jln.linen.replace() as report:
+      ...     y = model.apply(variables, x)
+      >>> print(report)
+      replaced  layers_1: LayerNorm
+    """
+    custom_vjp = _arguments.check_flag("custom_vjp", custom_vjp)
+    _arguments.check_implementation(implementation, custom_vjp=custom_vjp)
+    bases = (
+        nn.Module,
+        *((nnx.Module,) if (nnx := sys.modules.get("flax.nnx")) else ()),
+    )
+    checked = _own_norms.check_also(
+        also, bases, "Pass subclasses of flax.linen.Module."
+    )
+    outer = _replacing.value.also if _open.reports else ()
+    options = _Options(
+        tuple({**dict(outer), **checked}.items()), implementation, custom_vjp
+    )
+    report = Report(_none=_NOTHING_CALLED)
+    intercepted = (
+        contextlib.nullcontext() if _open.reports else nn.intercept_methods(_intercept)
+    )
+    with intercepted, _replacing(options):
+        _open.reports.append(report)
+        try:
+            yield report
+        finally:
+            _open.reports.pop()
+
+
+class _Open(threading.local):
+    """The reports of the blocks that this thread is in."""
+
+    def __init__(self) -> None:
+        self.reports: list[Report] = []
+        self.computing: list[nn.Module] = []  # own norms, in the calls of `compute`
+        self.reported = 0  # how many calls
+
+    def replaced(self, path: str, kind: str) -> None:
+        self.reported += 1
+        for report in self.reports:
+            report.replaced[path] = kind
+            report.left.pop(path, None)
+
+    def left(self, path: str, reason: str) -> None:
+        self.reported += 1
+        for report in self.reports:
+            report.left[path] = reason
+
+    def saw_a_module(self) -> None:
+        for report in self.reports:
+            report._none = "no norms"
+
+
+class _Options(NamedTuple):
+    """The arguments of a block."""
+
+    also: tuple[tuple[type, _own_norms.Compute], ...]
+    implementation: Implementation | None
+    custom_vjp: bool
+
+
+_open = _Open()
+_replacing = jax.make_user_context(None)  # the options of the innermost block
+_FLAXS_CALLS = {
+    _own_norms.function_of(kind.__call__) for kind in (nn.LayerNorm, nn.RMSNorm)
+}
+_NOTHING_CALLED = (
+    "no norms, because no linen module was traced in the block; for a flax.nnx model there"
+    " is jax_layernorm.nnx.replace(model)"
+)
+
+
+def _intercept(
+    next_fun: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: Any,
+) -> Any:
+    _open.saw_a_module()
+    module, options = context.module, _replacing.value
+    path = "/".join(module.path) or type(module).__name__
+    function = _own_norms.function_of(context.orig_method.func)
+    compute = _compute_of(module, function, dict(options.also))
+    if compute is not None:
+        if any(module is other for other in _open.computing):
+            return next_fun(*args, **kwargs)  # `compute` calls the class itself
+        _open.replaced(path, type(module).__name__)
+        if module.is_initializing():
+            return next_fun(*args, **kwargs)
+        call = functools.partial(_compute_own, compute, module, options)
+    elif function in _FLAXS_CALLS:
+        call = _flaxs_call(context, path, options)
+    elif _is_bridge(module) and context.method_name == "__call__":
+        call = functools.partial(_compute_bridged, context, path, options)
+    else:
+        reported = _open.reported
+        out = next_fun(*args, **kwargs)
+        inside = _open.reported > reported
+        is_call = context.method_name == "__call__"
+        if is_call and not inside and _looks_like_a_norm(module, options):
+            name = type(module).__qualname__
+            _open.left(path, _own_norms.ITS_OWN_CLASS.format(name=name))
+        return out
+    # Interceptors that the user entered inside the block must still run. `next_fun`
+    # runs them too, but would end in the module's own code. Flax has no public list of
+    # them.
+    inner = itertools.takewhile(
+        lambda entered: entered is not _intercept,
+        nn.module._global_interceptor_stack,
+    )
+    for interceptor in inner:
+        call = _intercepted(interceptor, call, context)
+    return call(*args, **kwargs)
+
+
+def _compute_of(
+    module: nn.Module, function: Any, also: Mapping[type, _own_norms.Compute]
+) -> _own_norms.Compute | None:
+    """What computes a call of `function`, which a class of `also` has as `__call__`.
+
+    The class of a module is not enough, because `nn.remat` and `nn.jit` change it.
+    """
+    same = [
+        kind
+        for kind in (*type(module).__mro__, *also)
+        if kind in also and _own_norms.function_of(kind.__call__) is function
+    ]
+    return also[same[0]] if same else None
+
+
+def _compute_own(
+    compute: _own_norms.Compute,
+    module: nn.Module,
+    options: _Options,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    _open.computing.append(module)
+    try:
+        with _own_norms.computing(options.implementation, options.custom_vjp):
+            return compute(module, *args, **kwargs)
+    finally:
+        _open.computing.pop()
+
+
+def _flaxs_call(context: Any, path: str, options: _Options) -> Callable[..., Any]:
+    module = context.module
+
+    def __call__(x: Any, *, mask: Any = None) -> Any:  # the signature of Flax's norms
+        reason = left_to_flax(module, x, mask, _linen_norms.param_dtypes(module))
+        if reason is not None:
+            _open.left(path, reason)
+            return context.orig_method(x, mask=mask)
+        _open.replaced(path, type(module).__name__)
+        return _linen_norms.compute(
+            module,
+            x,
+            reduction_axes=flax_axes(module.reduction_axes, x.ndim),
+            feature_axes=flax_axes(module.feature_axes, x.ndim),
+            implementation=options.implementation,
+            custom_vjp=options.custom_vjp,
+        )
+
+    return __call__
+
+
+def _is_bridge(module: nn.Module) -> bool:
+    nnx = sys.modules.get("flax.nnx")  # nobody has a bridge before it is imported
+    return nnx is not None and isinstance(module, nnx.bridge.ToLinen)
+
+
+def _compute_bridged(
+    context: Any,
+    path: str,
+    options: _Options,
+    *args: Any,
+    nnx_method: Callable[..., Any] | str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Calls a bridge, whose NNX module exists only during the call."""
+    from flax import nnx
+
+    from jax_layernorm import _nnx_replace
+
+    def method(module: Any, *args: Any, **kwargs: Any) -> Any:
+        call = nnx_method or "__call__"
+        if callable(call) and getattr(type(module), call.__name__, None) is call:
+            call = call.__name__  # the method of the class that `module` will have
+        _nnx_replace.replace(
+            module,
+            also={k: c for k, c in options.also if issubclass(k, nnx.Module)},
+            implementation=options.implementation,
+            custom_vjp=options.custom_vjp,
+        )
+        for found in _nnx_replace.norms_of(module):
+            inner = "/".join((path, *map(str, found.path)))
+            if found.left is None:
+                _open.replaced(inner, type(found.norm).__name__)
+            else:
+                _open.left(inner, found.left)
+        function = getattr(type(module), call) if isinstance(call, str) else call
+        return function(module, *args, **kwargs)
+
+    return context.orig_method(*args, nnx_method=method, **kwargs)
+
+
+def _looks_like_a_norm(module: nn.Module, options: _Options) -> bool:
+    kind = type(module)
+    if isinstance(module, _linen_norms.LayerNorm | _linen_norms.RMSNorm):
+        return False
+    for base in (nn.LayerNorm, nn.RMSNorm, *dict(options.also)):
+        # The calls of `super()`, or inside `nn.remat` and `nn.jit`, are seen by themselves.
+        if isinstance(module, base) and _own_norms.calls_super(kind, base):
+            return False
+    params = nn.meta.unbox(module.variables.get("params", {}))
+    has_modules = any(isinstance(param, Mapping) for param in params.values())
+    return _own_norms.looks_like_a_norm(kind, params, has_modules=has_modules)
+
+
+def _intercepted(
+    interceptor: Callable[..., Any],
+    call: Callable[..., Any],
+    context: Any,
+) -> Callable[..., Any]:
+    return lambda *args, **kwargs: interceptor(call, args, kwargs, context)
