@@ -81,17 +81,13 @@ def replace(
     """
     custom_vjp = _arguments.check_flag("custom_vjp", custom_vjp)
     _arguments.check_implementation(implementation, custom_vjp=custom_vjp)
-    bases = (
-        nn.Module,
-        *((nnx.Module,) if (nnx := sys.modules.get("flax.nnx")) else ()),
-    )
-    checked = _own_norms.check_also(
-        also, bases, "Pass subclasses of flax.linen.Module."
-    )
-    outer = _replacing.value.also if _open.reports else ()
-    options = _Options(
-        tuple({**dict(outer), **checked}.items()), implementation, custom_vjp
-    )
+    nnx = sys.modules.get("flax.nnx")
+    bases = (nn.Module,) if nnx is None else (nn.Module, nnx.Module)
+    fix = "Pass subclasses of flax.linen.Module, or for a bridge of flax.nnx.Module."
+    classes = _own_norms.check_also(also, bases, fix)
+    if _open.reports:
+        classes = dict(_replacing.value.also) | classes
+    options = _Options(tuple(classes.items()), implementation, custom_vjp)
     report = Report(_none=_NOTHING_CALLED)
     intercepted = (
         contextlib.nullcontext() if _open.reports else nn.intercept_methods(_intercept)
@@ -261,8 +257,9 @@ def _compute_bridged(
 
     def method(module: Any, *args: Any, **kwargs: Any) -> Any:
         call = nnx_method or "__call__"
-        if callable(call) and getattr(type(module), call.__name__, None) is call:
-            call = call.__name__  # the method of the class that `module` will have
+        name = getattr(call, "__name__", "")
+        if name and getattr(type(module), name, None) is call:
+            call = name  # the method of the class that `module` will have
         _nnx_replace.replace(
             module,
             also={k: c for k, c in options.also if issubclass(k, nnx.Module)},

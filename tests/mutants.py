@@ -43,7 +43,8 @@ CORE = "core/test_properties core/test_guards core/test_functions"
 MIXED = "transforms/test_sharding_mixed"
 SHARDED = f"{MIXED} transforms/test_sharding"
 TESTS = {  # for each file; the tests that are quickest and catch most come first
-    "_equations.py": f"{CORE} core/test_saved core/test_edges {SHARDED}",
+    "_equations.py": f"{CORE} core/test_round_before_scale core/test_saved "
+    f"core/test_edges {SHARDED}",
     "_normalize.py": f"{CORE} core/test_saved {MIXED} transforms/test_kernel_op "
     "transforms/test_transforms",
     "_batching.py": "transforms/test_kernel_op transforms/test_transforms",
@@ -54,6 +55,11 @@ TESTS = {  # for each file; the tests that are quickest and catch most come firs
     "core/test_explain_placements",
     "_kernels/xla.py": f"core/test_guards kernels/test_xla {CORE}",
     "_arguments.py": "core/test_arguments core/test_guards core/test_functions",
+    "_own_norms.py": "flax/test_replace_own flax/test_replace_nnx "
+    "flax/test_replace_linen_left",
+    "_linen_replace.py": "flax/test_replace_linen_left flax/test_replace_own "
+    "flax/test_replace_linen",
+    "_nnx_replace.py": "flax/test_replace_nnx flax/test_replace_own",
     "_flax.py": "flax/test_nnx flax/test_replace_linen_left flax/test_flax_claims "
     "flax/test_linen flax/test_modules flax/test_replace_nnx flax/test_replace_linen",
 }

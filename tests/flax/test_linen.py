@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import typing
 from typing import Any
 
 import flax
@@ -59,14 +60,15 @@ class Repeated(nn.Module):
 
 
 @for_both
-def test_constructor_is_flaxs_and_three_fields(name):
+def test_constructor_is_flaxs_and_four_fields(name):
     ours, flaxs = getattr(jln.linen, name), getattr(nn, name)
     got = dict(inspect.signature(ours).parameters)
     extra = {key: got.pop(key).default for key in EXTRA}
     assert list(got.values()) == list(inspect.signature(flaxs).parameters.values())
     assert extra == EXTRA
     order = [field.name for field in dataclasses.fields(ours)]
-    assert order[-5:] == [*EXTRA, "parent", "name"]
+    assert order[-6:] == [*EXTRA, "parent", "name"]
+    assert "NoneType" in str(typing.get_type_hints(ours)["implementation"])
 
 
 @for_both

@@ -41,7 +41,7 @@ def blocks():
 
 
 @for_both
-def test_constructor_is_flaxs_and_three_arguments(name):
+def test_constructor_is_flaxs_and_four_arguments(name):
     ours, flaxs = (
         {
             parameter.name: (parameter.kind, parameter.default)

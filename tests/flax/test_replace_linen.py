@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 import pytest
 import quick
+from flax import nnx
 from flax_cases import SHAPE, assert_equal, draw
 from flax_models import (
     GPT,
@@ -264,3 +265,48 @@ def test_intermediates_and_tables_are_flaxs():
         got = model.apply(variables, X, capture_intermediates=True)
         assert model.tabulate(jax.random.key(0), X) == table
     assert_close(got, want)
+
+
+class Bridged(nn.Module):
+    """As MaxText does it: NNX norms in a linen model."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nnx.bridge.to_linen(nnx.LayerNorm, x.shape[-1], name="norm")(x)
+        layers = nnx.bridge.to_linen(nnx.RMSNorm, x.shape[-1], epsilon=1e-3)
+        return layers(x, nnx_method=nnx.RMSNorm.__call__)
+
+
+def test_nnx_norms_in_a_bridge_are_replaced():
+    model = Bridged()
+    variables = model.init(jax.random.key(0), X)
+    want = model.apply(variables, X)
+    with jln.linen.replace() as report:
+        assert jax.tree.all(
+            jax.tree.map(
+                lambda a, b: (a == b).all(), model.init(jax.random.key(0), X), variables
+            )
+        )
+        assert_close(model.apply(variables, X), want)
+        assert count_ops(model.apply, variables, X) == (2, 0)
+    assert report.replaced == {"norm": "LayerNorm", "ToLinen_0": "RMSNorm"}
+    assert not report.left and count_ops(model.apply, variables, X) == (0, 0)
+
+
+def test_a_linen_model_in_a_bridge_is_replaced_in_the_block():
+    model = nnx.bridge.ToNNX(nn.LayerNorm(), rngs=nnx.Rngs(0)).lazy_init(X)
+    want = model(X)
+    report = jln.nnx.report(jln.nnx.replace(model))
+    assert not report.replaced and "linen.replace()" in report.left["ToNNX"]
+    with jln.linen.replace() as report:
+        assert_close(model(X), want)
+    assert report.replaced == {"LayerNorm": "LayerNorm"}
+
+
+def test_an_empty_report_names_the_other_function_if_no_linen_module_was_called():
+    with jln.linen.replace() as report:
+        nnx.LayerNorm(X.shape[-1], rngs=nnx.Rngs(0))(X)
+    assert "jax_layernorm.nnx.replace(model)" in str(report)
+    with jln.linen.replace() as report:
+        nn.Dense(2).init(jax.random.key(0), X)
+    assert str(report) == "no norms"

@@ -14,7 +14,12 @@ import jax_layernorm as jln
 ROWS, FEATURES = 12, 48
 SHAPE = (ROWS, FEATURES)
 NAMES = ("LayerNorm", "RMSNorm")
-EXTRA = {"scale_offset": 0.0, "implementation": None, "custom_vjp": True}
+EXTRA = {
+    "scale_offset": 0.0,
+    "round_before_scale": False,
+    "implementation": None,
+    "custom_vjp": True,
+}
 FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64)
 PARAM_DTYPES = (jnp.bfloat16, jnp.float32, jnp.float64)
 RESULT_DTYPES = (None, jnp.bfloat16, jnp.float32, jnp.float64)
