@@ -18,6 +18,10 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+
+# With the package and not when an op is first used: `jax.extend` loads Pallas, which since
+# JAX 0.12 adds to the keys of JAX's caches, so that all functions would be traced again.
+from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir, partial_eval
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -111,15 +115,7 @@ class KernelOp:
         self._batched, self._batched_reference = batch, batched_reference
         self._traced = functools.lru_cache(maxsize=4096)(self._trace)
         self._compiled = functools.lru_cache(maxsize=4096)(self._compile)
-
-    @functools.cached_property
-    def _primitive(self) -> Any:
-        # Not imported with the package, because `jax.extend` loads Pallas: a third of
-        # the package's import time. If two threads come here at once, each makes a
-        # primitive, and both work.
-        from jax.extend.core import Primitive
-
-        primitive = Primitive(self.name)
+        self._primitive = primitive = Primitive(name)
         primitive.multiple_results = True
         primitive.def_impl(self._evaluate)
         primitive.def_abstract_eval(self._abstract_eval)
@@ -130,7 +126,6 @@ class KernelOp:
         for platform in PLATFORMS:
             lower = functools.partial(self._lower, platform)
             mlir.register_lowering(primitive, lower, platform=platform)
-        return primitive
 
     def __call__(self, *operands: Any, **static: Hashable) -> Any:
         self._check(self._unplaced(operands, static))

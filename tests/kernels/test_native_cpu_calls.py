@@ -48,6 +48,7 @@ CALLS = {
         {"y": MATRIX, "residual_out": MATRIX} | STATISTICS,
         {
             "center": True,
+            "round_before_scale": False,
             "has_residual": True,
             "has_scale": True,
             "has_bias": True,
@@ -65,6 +66,7 @@ CALLS = {
         {"dx": MATRIX, "dscale": ROW, "dbias": ROW},
         {
             "center": True,
+            "round_before_scale": False,
             "has_scale": True,
             "has_dresidual_out": True,
             "has_dmean": True,
