@@ -160,8 +160,13 @@ def norms_of(model: Any) -> list[Found]:
         elif _looks_like_a_norm(module):
             left = _own_norms.ITS_OWN_CLASS.format(name=type(module).__qualname__)
             found.append(Found(path, module, left))
+    # A class that looks like a norm may only hold one.
     holders = {f.path[:n] for f in found for n in range(len(f.path))}
-    return [f for f in found if f.path not in holders or not _looks_like_a_norm(f.norm)]
+    return [
+        f
+        for f in found
+        if f.left is None or f.path not in holders or not _looks_like_a_norm(f.norm)
+    ]
 
 
 def _modules(model: Any) -> list[tuple[tuple[Any, ...], Any]]:

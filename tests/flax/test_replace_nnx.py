@@ -360,3 +360,27 @@ def test_the_implementation_may_be_named_and_changed():
 def test_custom_vjp_is_a_flag():
     with pytest.raises(TypeError, match="custom_vjp must be True or False; got 1"):
         jln.nnx.replace(norm(), custom_vjp=1)
+
+
+class HoldsANorm(nnx.Module):
+    """Looks like a norm by its name, and holds one of Flax's."""
+
+    def __init__(self, rngs):
+        self.norm = nnx.LayerNorm(FEATURES, rngs=rngs)
+
+    def __call__(self, x):
+        return 2 * self.norm(x)
+
+
+def test_a_module_that_only_holds_a_norm_is_not_reported_unless_it_is_replaced():
+    model = HoldsANorm(nnx.Rngs(0))
+    want = model(X)
+    assert list(jln.nnx.report(jln.nnx.replace(model)).replaced) == ["norm"]
+    assert not jln.nnx.report(model).left
+
+    def compute(module, x):
+        return 2 * jln.layer_norm({}, x)
+
+    jln.nnx.replace(model, also={HoldsANorm: compute})
+    assert jln.nnx.report(model).replaced.keys() == {"HoldsANorm", "norm"}
+    assert_close(model(X), want)
