@@ -101,7 +101,7 @@ def from_torch(
     elif not isinstance(state_dict, Mapping):
         raise TypeError(
             "state_dict must be a mapping from names to arrays, or the path of a"
-            f" safetensors file; got {_type_name(state_dict)}. Of a torch module, pass"
+            f" safetensors file; got {_type_name(state_dict)}. For a torch module, pass"
             " module.state_dict()."
         )
     prefix = _with_dot(prefix)
@@ -111,7 +111,7 @@ def from_torch(
     if f"{prefix}running_mean" in state_dict:
         raise ValueError(
             "state_dict must hold a layer norm or an RMS norm under the prefix; got a"
-            f" batch norm, for there is {prefix + 'running_mean'!r}. Its parameters"
+            f" batch norm, because it has {prefix + 'running_mean'!r}. Its parameters"
             " mean something else; give the prefix of another module."
         )
     inside = [
@@ -175,7 +175,7 @@ def to_torch(params: Params, prefix: str = "") -> dict[str, np.ndarray]:
     if not isinstance(params, Mapping):
         raise TypeError(
             "params must be a mapping with optional 'scale' and 'bias'; got"
-            f" {_type_name(params)}. Of a flax.nnx module, pass nnx.state(module)."
+            f" {_type_name(params)}. For a flax.nnx module, pass nnx.state(module)."
         )
     unknown = [key for key in params if key not in _SPELLINGS]
     if unknown:
@@ -197,7 +197,7 @@ def _with_dot(prefix: Any) -> str:
     if not isinstance(prefix, str):
         raise TypeError(
             f"prefix must be a string; got {prefix!r}. Give the name of the norm's"
-            " module, or '' where its parameters have no prefix."
+            " module, or '' if its parameters have no prefix."
         )
     return prefix if not prefix or prefix.endswith(".") else prefix + "."
 

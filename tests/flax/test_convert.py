@@ -230,7 +230,7 @@ def test_a_missing_key_is_named_beside_the_nearest(prefix, near, fix):
         (
             {"n.weight": np.ones(3, "f"), "n.running_mean": np.ones(3, "f")},
             ValueError,
-            "batch norm, for there is 'n.running_mean'",
+            "batch norm, because it has 'n.running_mean'",
         ),
         (
             {"n.weight": np.ones((8, 8), "f")},

@@ -256,12 +256,12 @@ def _supported(problem: Problem) -> tuple[_rows.Rows, _tiles.Tile]:
     """The problem as rows, and how they are cut; raises if the kernels cannot run it."""
     if problem.exported:
         raise NotImplementedError(
-            "the program is exported, and a call of a native library is no stable part of"
-            " one"
+            "the program is exported, and a program must not call a native library, which"
+            " jax.export allows only with DisabledSafetyCheck.custom_call"
         )
     rows = _rows.as_rows(problem)
     if any(groups not in (None, 1) for groups in rows[2:]):
-        raise NotImplementedError("some rows have parameters of their own")
+        raise NotImplementedError("some rows have separate parameters")
     read, written = _whole_arrays(problem)
     for name, dtype in (read | written).items():
         if dtype.name not in TYPES:

@@ -158,8 +158,8 @@ def _supported_rows(problem: Problem) -> _rows.Rows:
     """The problem as rows; raises if the kernel cannot run it."""
     if problem.exported:
         raise NotImplementedError(
-            "the program is exported, and a call of a native library is no stable part of"
-            " one (what jax.export refuses but under DisabledSafetyCheck.custom_call)"
+            "the program is exported, and a program must not call a native library, which"
+            " jax.export allows only with DisabledSafetyCheck.custom_call"
         )
     rows = _rows.as_rows(problem)
     reason = _library.not_loaded()

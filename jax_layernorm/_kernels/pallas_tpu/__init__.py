@@ -145,7 +145,7 @@ def _supported_rows(problem: Problem) -> Rows:
                 f"{name} has the dtype {array.dtype.name}, not bfloat16 or float32"
             )
     if any(groups not in (None, 1) for groups in rows[2:]):
-        raise NotImplementedError("some rows have parameters of their own")
+        raise NotImplementedError("some rows have separate parameters")
     itemsizes = [array.dtype.itemsize for array in whole.values()]
     if "residual" in whole:
         itemsizes.append(max(itemsizes))  # the sum's
