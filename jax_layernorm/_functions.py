@@ -358,9 +358,10 @@ def _norm(
             f" {unknown[0]!r}. Check the spelling."
         )
     given = _DEFAULTS | options
+    custom_vjp = _arguments.check_flag("custom_vjp", given["custom_vjp"])
     overrides: Overrides | None = overriding.value
     if overrides is not None:
-        given["custom_vjp"] = given["custom_vjp"] and overrides.custom_vjp
+        custom_vjp = custom_vjp and overrides.custom_vjp
         if given["implementation"] is None:
             given["implementation"] = overrides.implementation
     params, x, *added = arrays
@@ -368,7 +369,6 @@ def _norm(
     residual = _arguments.check_residual(added[0], x) if added else None
     axes = _arguments.check_axis(given["axis"], x.ndim)
     scale, bias = _arguments.check_params(params, x, axes)
-    custom_vjp = _arguments.check_flag("custom_vjp", given["custom_vjp"])
     spec = NormSpec(
         center=center,
         axes=axes,
