@@ -38,9 +38,10 @@ worse than with E[x^2] - E[x]^2. m + d is kept, in two words as before.
 Elements that a mask leaves out are 0 in c, x_hat, y and every sum, and N does not count
 them.
 
-With `round_before_scale`, x_hat is rounded to x's dtype, and gamma, the product and the
-sum are each rounded as JAX's dtype promotion would round them. The backward pass takes
-dscale from the rounded x_hat, and a rounding has the derivative 1.
+With `round_before_scale`, x_hat is rounded to x's dtype, scale_offset to the scale's, and
+gamma, the product and the sum are each rounded as JAX's dtype promotion would round
+them. The backward pass takes dscale from the rounded x_hat, and a rounding has the
+derivative 1.
 
 For the cotangents dy, dmean and drstd of y, mean and rstd, with g = dy * gamma:
 
@@ -75,6 +76,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 if TYPE_CHECKING:
@@ -536,10 +538,17 @@ def gamma(
     """`scale_offset + scale` in `dtype`, with axes of length 1 in front, up to `ndim`."""
     factor = scale.astype(dtype)
     if spec.scale_offset:
-        factor = factor + spec.scale_offset
+        factor = factor + scale_offset(scale, spec)
         if spec.round_before_scale:
             factor = _rounded(factor, scale.dtype)
     return _broadcastable(factor, ndim)
+
+
+def scale_offset(scale: Any, spec: NormSpec) -> float:
+    """What is added to `scale`."""
+    if scale is not None and spec.round_before_scale:
+        return float(np.asarray(spec.scale_offset, scale.dtype))
+    return spec.scale_offset
 
 
 def _broadcastable(param: Array, ndim: int) -> Array:

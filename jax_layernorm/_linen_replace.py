@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import sys
@@ -48,7 +49,8 @@ def replace(
     Args:
       also: the model's own norm classes, each with a function `compute(norm, x, ...)`
         that returns what the class's `__call__` would, by way of this package's
-        functions. It applies to these classes and to subclasses that keep `__call__`.
+        functions. It applies to these classes and to subclasses that keep `__call__`. If
+        a subclass overrides a method that `__call__` uses, list the subclass too.
         `norm` is bound, so `compute` can call `norm.get_variable("params", "scale")` or
         `norm.param`. During `init` the class itself runs, because it makes the
         parameters. Define `compute` once and not in each block, because JAX traces the
@@ -85,55 +87,61 @@ def replace(
     bases = (nn.Module,) if nnx is None else (nn.Module, nnx.Module)
     fix = "Pass subclasses of flax.linen.Module, or for a bridge of flax.nnx.Module."
     classes = _own_norms.check_also(also, bases, fix)
-    if _open.reports:
-        classes = dict(_replacing.value.also) | classes
+    if _open.blocks:
+        classes = dict(_open.blocks[-1].options.also) | classes
     options = _Options(tuple(classes.items()), implementation, custom_vjp)
-    report = Report(_none=_NOTHING_CALLED)
+    block = _Block(Report(_none=_NOTHING_CALLED), options)
     intercepted = (
-        contextlib.nullcontext() if _open.reports else nn.intercept_methods(_intercept)
+        contextlib.nullcontext() if _open.blocks else nn.intercept_methods(_intercept)
     )
-    with intercepted, _replacing(options):
-        _open.reports.append(report)
+    with intercepted, _in_the_keys_of_caches(options):
+        _open.blocks.append(block)
         try:
-            yield report
+            yield block.report
         finally:
-            _open.reports.pop()
-
-
-class _Open(threading.local):
-    """The reports of the blocks that this thread is in."""
-
-    def __init__(self) -> None:
-        self.reports: list[Report] = []
-        self.computing: list[nn.Module] = []  # own norms, in the calls of `compute`
-        self.reported = 0  # how many calls
-
-    def replaced(self, path: str, kind: str) -> None:
-        self.reported += 1
-        for report in self.reports:
-            report.replaced[path] = kind
-            report.left.pop(path, None)
-
-    def left(self, path: str, reason: str) -> None:
-        self.reported += 1
-        for report in self.reports:
-            report.left[path] = reason
-
-    def saw_a_module(self) -> None:
-        for report in self.reports:
-            report._none = "no norms"
+            _open.blocks.remove(block)
 
 
 class _Options(NamedTuple):
-    """The arguments of a block."""
+    """The arguments of a block, with the classes of the blocks around it."""
 
     also: tuple[tuple[type, _own_norms.Compute], ...]
     implementation: Implementation | None
     custom_vjp: bool
 
 
+@dataclasses.dataclass(eq=False)
+class _Block:
+    report: Report
+    options: _Options
+
+
+class _Open(threading.local):
+    """The blocks that this thread is in, and the calls inside."""
+
+    def __init__(self) -> None:
+        self.blocks: list[_Block] = []
+        self.computing: list[nn.Module] = []  # own norms, in the calls of `compute`
+        self.reported = 0  # how many calls
+
+    def replaced(self, path: str, kind: str) -> None:
+        self.reported += 1
+        for block in self.blocks:
+            block.report.replaced[path] = kind
+            block.report.left.pop(path, None)
+
+    def left(self, path: str, reason: str) -> None:
+        self.reported += 1
+        for block in self.blocks:
+            block.report.left[path] = reason
+
+    def saw_a_module(self) -> None:
+        for block in self.blocks:
+            block.report._none = "no norms"
+
+
 _open = _Open()
-_replacing = jax.make_user_context(None)  # the options of the innermost block
+_in_the_keys_of_caches = jax.make_user_context(None)
 _FLAXS_CALLS = {
     _own_norms.function_of(kind.__call__) for kind in (nn.LayerNorm, nn.RMSNorm)
 }
@@ -150,7 +158,7 @@ def _intercept(
     context: Any,
 ) -> Any:
     _open.saw_a_module()
-    module, options = context.module, _replacing.value
+    module, options = context.module, _open.blocks[-1].options
     path = "/".join(module.path) or type(module).__name__
     function = _own_norms.function_of(context.orig_method.func)
     compute = _compute_of(module, function, dict(options.also))
@@ -195,7 +203,7 @@ def _compute_of(
     """
     same = [
         kind
-        for kind in (*type(module).__mro__, *also)
+        for kind in type(module).__mro__
         if kind in also and _own_norms.function_of(kind.__call__) is function
     ]
     return also[same[0]] if same else None

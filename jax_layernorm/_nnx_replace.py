@@ -50,9 +50,10 @@ def replace(
       also: the model's own norm classes, each with a function `compute(norm, x, ...)`
         that returns what the class's `__call__` would, by way of this package's
         functions. It applies to these classes, and to subclasses whose `__call__` is
-        theirs or calls it by `super()`. A norm then gets a subclass of its class that
-        has the same name and calls `compute`. A pickle of it holds the model's class,
-        so replace again after loading.
+        theirs or calls it by `super()`. If a subclass overrides a method that `__call__`
+        uses, list the subclass too. A norm then gets a subclass of its class that has
+        the same name and calls `compute`. A pickle of it holds the model's class, so
+        replace again after loading.
       implementation: a name as for `layer_norm`, or None for the best implementation
         that can run. A norm that the named implementation cannot run raises when it is
         called.
@@ -67,7 +68,7 @@ def replace(
 
     Raises:
       TypeError: `model` holds no module, `custom_vjp` is not True or False, or `also`
-        does not map module classes to functions.
+        does not map module classes, which can have subclasses, to functions.
       ValueError: `implementation` is unknown, or does not support `custom_vjp=False`.
 
     Example:
@@ -83,14 +84,27 @@ def replace(
     _arguments.check_implementation(implementation, custom_vjp=custom_vjp)
     fix = "Pass subclasses of flax.nnx.Module; for linen there is linen.replace."
     also = _own_norms.check_also(also, (nnx.Module,), fix)
-    for _, module in _modules(model):
+    flaxs, classes = [], []
+    for path, module in _modules(model):
         kind, own = _before(module)
         own = _own_norm(kind, also) or own
         if own is not None:
+            reason = _no_subclass(_computed, kind, *own, implementation, custom_vjp)
+            if reason is not None:
+                name = "/".join(map(str, path))
+                raise TypeError(
+                    "also must name classes of which subclasses can be made, because a"
+                    f" replaced norm gets one; got {kind.__qualname__} at {name!r}:"
+                    f" {reason}. Call our functions in the class itself."
+                )
             made = _computed(kind, *own, implementation, custom_vjp)
-            object.__setattr__(module, "__class__", made)
+            classes.append((module, made))
         elif isinstance(module, nnx.LayerNorm | nnx.RMSNorm):
-            _replace_flaxs(module, implementation, custom_vjp)
+            flaxs.append(module)
+    for module, made in classes:
+        object.__setattr__(module, "__class__", made)
+    for module in flaxs:
+        _replace_flaxs(module, implementation, custom_vjp)
     return model
 
 
@@ -102,7 +116,7 @@ def _replace_flaxs(
         norm.round_before_scale = False
         norm._replaced = True
         object.__setattr__(norm, "__class__", _ours(type(norm)))
-    if getattr(norm, "_replaced", False):
+    if vars(norm).get("_replaced"):
         norm.implementation = implementation
         norm.custom_vjp = custom_vjp
 
@@ -206,6 +220,18 @@ def _left(norm: nnx.LayerNorm | nnx.RMSNorm) -> str | None:
         )
     if norm.axis_index_groups is not None:
         return "axis_index_groups is given"
+    reason = _no_subclass(_ours, kind)
+    if reason is not None:
+        return f"no subclass of {kind.__qualname__} can be made: {reason}"
+    return None
+
+
+def _no_subclass(make: Callable[..., type], *arguments: Any) -> str | None:
+    """Why Python, or the class itself, refuses to make the class of a replaced norm."""
+    try:
+        make(*arguments)
+    except Exception as refusal:  # what `__init_subclass__` may raise is the user's
+        return f"{type(refusal).__name__}: {refusal}"
     return None
 
 
@@ -223,14 +249,11 @@ class _Before(NamedTuple):
     own: _Own | None = None
 
 
-_computed_classes: dict[type, _Before] = {}
-
-
 def _before(module: nnx.Module) -> _Before:
     kind = type(module)
-    if kind in _computed_classes:
-        return _computed_classes[kind]
-    if getattr(module, "_replaced", False):
+    if "_before_replace" in vars(kind):
+        return vars(kind)["_before_replace"]
+    if vars(module).get("_replaced"):
         return _Before(
             _flaxs(kind) if kind in (LayerNorm, RMSNorm) else kind.__bases__[0]
         )
@@ -263,20 +286,18 @@ def _computed(
             return compute(self, *args, **kwargs)
 
     metaclass = _pickled_by(copy.copy, type(kind))  # as the model's class itself
-    made = _subclass(metaclass, (base,), {"__call__": __call__})
-    if kind is not base:
-        made = _subclass(metaclass, (kind, made), {})
-    _computed_classes[made] = _Before(kind, _Own(base, compute))
-    return made
+    before = {"_before_replace": _Before(kind, _Own(base, compute))}
+    made = _subclass(metaclass, (base,), before | {"__call__": __call__})
+    return made if kind is base else _subclass(metaclass, (kind, made), before)
 
 
 def _subclass(metaclass: type, bases: tuple[Any, ...], members: dict[str, Any]) -> type:
     """A class that has the name of its first base."""
     kind = bases[0]
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    return metaclass(
-        kind.__name__, bases, names | members, pytree=kind._pytree__is_pytree
-    )
+    # Flax's `__init_subclass__` takes this, but a class may have one that does not.
+    options = {} if kind._pytree__is_pytree else {"pytree": False}
+    return metaclass(kind.__name__, bases, names | members, **options)
 
 
 @functools.cache

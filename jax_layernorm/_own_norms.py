@@ -22,7 +22,7 @@ ITS_OWN_CLASS = (
     "its own class; pass also={{{name}: compute}} to replace(), where compute(norm, x)"
     " calls rms_norm or layer_norm"
 )
-_NORM = re.compile("norm(?!al(?!i[sz]))", re.IGNORECASE)
+_NORM = re.compile("(^n|N|_n)orm(alization|s)?([^a-z]|$)|NORM")
 _OTHER_NORM = re.compile("(batch|group|instance|weight|spectral)_?norm", re.IGNORECASE)
 _SCALES = ("scale", "weight", "gamma")
 
@@ -101,10 +101,18 @@ def looks_like_a_norm(
 
 
 def calls_super(kind: type, base: type) -> bool:
-    """Whether each `__call__` that `kind` has above that of `base` calls `super()`'s."""
-    above = kind.__mro__[: kind.__mro__.index(base)]
-    own = [c.__dict__["__call__"] for c in above if "__call__" in c.__dict__]
-    return all(_names(function_of(call)) >= {"super", "__call__"} for call in own)
+    """Whether each `__call__` that `kind` has above that of `base` calls `super()`'s.
+
+    False too if the call would not end in that of `base`, but in that of a class between
+    `base` and the class that `base` has it from.
+    """
+    place = kind.__mro__.index(base)
+    with_call = [c for c in kind.__mro__ if "__call__" in c.__dict__]
+    own = [c.__dict__["__call__"] for c in with_call if c in kind.__mro__[:place]]
+    calls = next(c for c in base.__mro__ if "__call__" in c.__dict__)
+    return with_call[len(own)] is calls and all(
+        _names(function_of(call)) >= {"super", "__call__"} for call in own
+    )
 
 
 def _names(function: Any) -> set[str]:

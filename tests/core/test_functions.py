@@ -262,6 +262,21 @@ def test_parameters_of_each_example_get_gradients_of_their_own_shape(function):
     jax.tree.map(close, (y, vjp(dy)), (expected, expected_vjp(dy)))
 
 
+def test_a_parameter_of_each_example_may_have_one_feature():
+    x, scale = draw(4, 5, 1), draw(4, 1, 1, seed=1)
+    norm = functools.partial(jln.rms_norm, x=x, implementation="xla")
+    y, vjp = jax.vjp(norm, {"scale": scale})
+    dscale = vjp(jnp.ones_like(y))[0]["scale"]
+    np.testing.assert_allclose(dscale, norm({}).sum(1, keepdims=True), rtol=1e-6)
+
+
+@pytest.mark.parametrize("function", NORMS)
+def test_the_gradient_of_the_bias_alone_is_summed_in_float32(function):
+    x, bias = draw(257, 8).astype("bfloat16"), {"bias": jnp.zeros(8)}
+    gradients = jax.grad(lambda bias: function(bias, x).astype("float32").sum())(bias)
+    assert (gradients["bias"] == 257).all()  # 256 in bfloat16
+
+
 def test_numpy_arrays_and_other_mappings_are_taken():
     from types import MappingProxyType
 

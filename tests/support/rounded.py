@@ -22,7 +22,7 @@ CASES = (
     Case("bfloat16", "bfloat16", None),
     Case("bfloat16", "float32", None),
     Case("bfloat16", "bfloat16", "bfloat16", True, 1.0),
-    Case("bfloat16", "bfloat16", "float32", True),
+    Case("bfloat16", "bfloat16", "float32", True, 0.1),
     Case("bfloat16", "float32", "bfloat16", True, 1.0),
     Case("bfloat16", None, "bfloat16", True),
     Case("bfloat16", "bfloat16", None, residual="bfloat16"),
@@ -116,7 +116,8 @@ def _op_by_op(case, x, params):
     y = x_hat
     if case.scale:
         scale = np.asarray(params["scale"], np.float32)
-        gamma = (scale + np.float32(case.scale_offset)).astype(case.scale)
+        offset = np.asarray(case.scale_offset, case.scale).astype(np.float32)
+        gamma = (scale + offset).astype(case.scale)
         product = y.astype(np.float32) * gamma.astype(np.float32)
         y = rounded(product, y.dtype, gamma.dtype)
     if case.bias:

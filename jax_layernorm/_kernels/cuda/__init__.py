@@ -106,7 +106,7 @@ def forward(problem: Problem) -> Callable[..., ForwardOutputs]:
             HAS_RESIDUAL=residual is not None,
             HAS_SCALE=scale is not None, HAS_BIAS=bias is not None,
             HAS_STATISTICS=with_statistics,
-            EPSILON=spec.epsilon, SCALE_OFFSET=spec.scale_offset,
+            EPSILON=spec.epsilon, SCALE_OFFSET=_equations.scale_offset(scale, spec),
         )  # fmt: skip
         results = {"y": jax.ShapeDtypeStruct(matrix, spec.dtype)}
         if residual is not None:
@@ -163,7 +163,7 @@ def backward(problem: Problem) -> Callable[..., BackwardOutputs]:
             CENTER=spec.center, ROUND=spec.round_before_scale,
             HAS_SCALE=scale is not None,
             HAS_DRESIDUAL_OUT=dresidual_out is not None, HAS_DMEAN=dmean is not None,
-            HAS_DRSTD=drstd is not None, SCALE_OFFSET=spec.scale_offset,
+            HAS_DRSTD=drstd is not None, SCALE_OFFSET=_equations.scale_offset(scale, spec),
             WITH_DX=with_dx, **wanted,
         )  # fmt: skip
         results = {}

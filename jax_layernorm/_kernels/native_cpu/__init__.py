@@ -76,7 +76,7 @@ def forward(problem: Problem) -> Callable[..., ForwardOutputs]:
             center=spec.center,
             round_before_scale=spec.round_before_scale,
             epsilon=np.float64(spec.epsilon),
-            scale_offset=np.float64(spec.scale_offset),
+            scale_offset=np.float64(_equations.scale_offset(scale, spec)),
         )
         residual_out = None if residual is None else rest.pop(0).reshape(x.shape)
         statistics = None
@@ -143,7 +143,7 @@ def backward(problem: Problem) -> Callable[..., BackwardOutputs]:
             with_dbias=bias_shape is not None,
             center=spec.center,
             round_before_scale=spec.round_before_scale,
-            scale_offset=np.float64(spec.scale_offset),
+            scale_offset=np.float64(_equations.scale_offset(scale, spec)),
         )
         shapes = (x.shape if with_dx else None, scale_shape, bias_shape)
         left = iter(computed)
