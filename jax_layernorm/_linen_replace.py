@@ -157,6 +157,8 @@ def _intercept(
     kwargs: dict[str, Any],
     context: Any,
 ) -> Any:
+    if not _open.blocks:  # blocks were closed in another order than opened
+        return next_fun(*args, **kwargs)
     _open.saw_a_module()
     module, options = context.module, _open.blocks[-1].options
     path = "/".join(module.path) or type(module).__name__

@@ -1,6 +1,7 @@
 """`also=` and reports: classes that share a `__call__`, names, and subclasses."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
@@ -99,3 +100,18 @@ def test_no_subclass_of_a_norm_need_take_options_or_exist():
 def test_names_that_look_like_a_norm(name, listed):
     kind = type(name, (nnx.Module,), {"__call__": lambda self, x: x})
     assert bool(jln.nnx.report(kind()).left) == listed
+
+
+def test_blocks_may_be_closed_in_another_order_than_opened():
+    """As in generators; what was intercepted then ends with the last block."""
+    norm = nn.LayerNorm()
+    variables = norm.init(jax.random.key(0), X)
+    first, second = jln.linen.replace(), jln.linen.replace()
+    reports = [first.__enter__(), second.__enter__()]
+    first.__exit__(None, None, None)
+    norm.apply(variables, X)
+    second.__exit__(None, None, None)
+    norm.apply(variables, X)
+    with jln.linen.replace() as report:
+        norm.apply(variables, X)
+    assert report.replaced and not reports[0].replaced
