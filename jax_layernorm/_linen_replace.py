@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import itertools
 import sys
 import threading
@@ -88,13 +89,14 @@ def replace(
     fix = "Pass subclasses of flax.linen.Module, or for a bridge of flax.nnx.Module."
     classes = _own_norms.check_also(also, bases, fix)
     if _open.blocks:
-        classes = dict(_open.blocks[-1].options.also) | classes
-    options = _Options(tuple(classes.items()), implementation, custom_vjp)
+        classes = _open.blocks[-1].options.also | classes
+    options = _Options(classes, implementation, custom_vjp)
     block = _Block(Report(_none=_NOTHING_CALLED), options)
     intercepted = (
         contextlib.nullcontext() if _open.blocks else nn.intercept_methods(_intercept)
     )
-    with intercepted, _in_the_keys_of_caches(options):
+    key = (*classes.items(), implementation, custom_vjp)
+    with intercepted, _in_the_keys_of_caches(key):
         _open.blocks.append(block)
         try:
             yield block.report
@@ -105,7 +107,7 @@ def replace(
 class _Options(NamedTuple):
     """The arguments of a block, with the classes of the blocks around it."""
 
-    also: tuple[tuple[type, _own_norms.Compute], ...]
+    also: dict[type, _own_norms.Compute]
     implementation: Implementation | None
     custom_vjp: bool
 
@@ -142,9 +144,7 @@ class _Open(threading.local):
 
 _open = _Open()
 _in_the_keys_of_caches = jax.make_user_context(None)
-_FLAXS_CALLS = {
-    _own_norms.function_of(kind.__call__) for kind in (nn.LayerNorm, nn.RMSNorm)
-}
+_FLAXS_CALLS = {inspect.unwrap(kind.__call__) for kind in (nn.LayerNorm, nn.RMSNorm)}
 _NOTHING_CALLED = (
     "no norms, because no linen module was traced in the block; for a flax.nnx model there"
     " is jax_layernorm.nnx.replace(model)"
@@ -162,8 +162,8 @@ def _intercept(
     _open.saw_a_module()
     module, options = context.module, _open.blocks[-1].options
     path = "/".join(module.path) or type(module).__name__
-    function = _own_norms.function_of(context.orig_method.func)
-    compute = _compute_of(module, function, dict(options.also))
+    function = inspect.unwrap(context.orig_method.func)
+    compute = _compute_of(module, function, options.also)
     if compute is not None:
         if any(module is other for other in _open.computing):
             return next_fun(*args, **kwargs)  # `compute` calls the class itself
@@ -206,7 +206,7 @@ def _compute_of(
     same = [
         kind
         for kind in type(module).__mro__
-        if kind in also and _own_norms.function_of(kind.__call__) is function
+        if kind in also and inspect.unwrap(kind.__call__) is function
     ]
     return also[same[0]] if same else None
 
@@ -272,7 +272,7 @@ def _compute_bridged(
             call = name  # the method of the class that `module` will have
         _nnx_replace.replace(
             module,
-            also={k: c for k, c in options.also if issubclass(k, nnx.Module)},
+            also={k: c for k, c in options.also.items() if issubclass(k, nnx.Module)},
             implementation=options.implementation,
             custom_vjp=options.custom_vjp,
         )
@@ -292,7 +292,7 @@ def _looks_like_a_norm(module: nn.Module, options: _Options) -> bool:
     kind = type(module)
     if isinstance(module, _linen_norms.LayerNorm | _linen_norms.RMSNorm):
         return False
-    for base in (nn.LayerNorm, nn.RMSNorm, *dict(options.also)):
+    for base in (nn.LayerNorm, nn.RMSNorm, *options.also):
         # The calls of `super()`, or inside `nn.remat` and `nn.jit`, are seen by themselves.
         if isinstance(module, base) and _own_norms.calls_super(kind, base):
             return False

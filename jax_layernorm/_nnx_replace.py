@@ -89,15 +89,17 @@ def replace(
         kind, own = _before(module)
         own = _own_norm(kind, also) or own
         if own is not None:
-            reason = _no_subclass(_computed, kind, *own, implementation, custom_vjp)
-            if reason is not None:
+            try:
+                made = _computed(kind, *own, implementation, custom_vjp)
+            except (
+                Exception
+            ) as refusal:  # what `__init_subclass__` raises is the user's
                 name = "/".join(map(str, path))
                 raise TypeError(
                     "also must name classes of which subclasses can be made, because a"
                     f" replaced norm gets one; got {kind.__qualname__} at {name!r}:"
-                    f" {reason}. Call our functions in the class itself."
-                )
-            made = _computed(kind, *own, implementation, custom_vjp)
+                    f" {_text(refusal)}. Call our functions in the class itself."
+                ) from refusal
             classes.append((module, made))
         elif isinstance(module, nnx.LayerNorm | nnx.RMSNorm):
             flaxs.append(module)
@@ -161,7 +163,7 @@ class Found(NamedTuple):
 
 def norms_of(model: Any) -> list[Found]:
     """Finds the norms of a model, and what looks like a norm. Not public."""
-    found = []
+    found, only_look_like_one = [], set()
     for path, module in _modules(model):
         if _before(module).own is not None or isinstance(module, LayerNorm | RMSNorm):
             found.append(Found(path, module, None))
@@ -174,13 +176,10 @@ def norms_of(model: Any) -> list[Found]:
         elif _looks_like_a_norm(module):
             left = _own_norms.ITS_OWN_CLASS.format(name=type(module).__qualname__)
             found.append(Found(path, module, left))
+            only_look_like_one.add(path)
     # A class that looks like a norm may only hold one.
     holders = {f.path[:n] for f in found for n in range(len(f.path))}
-    return [
-        f
-        for f in found
-        if f.left is None or f.path not in holders or not _looks_like_a_norm(f.norm)
-    ]
+    return [f for f in found if f.path not in only_look_like_one & holders]
 
 
 def _modules(model: Any) -> list[tuple[tuple[Any, ...], Any]]:
@@ -220,19 +219,15 @@ def _left(norm: nnx.LayerNorm | nnx.RMSNorm) -> str | None:
         )
     if norm.axis_index_groups is not None:
         return "axis_index_groups is given"
-    reason = _no_subclass(_ours, kind)
-    if reason is not None:
-        return f"no subclass of {kind.__qualname__} can be made: {reason}"
-    return None
-
-
-def _no_subclass(make: Callable[..., type], *arguments: Any) -> str | None:
-    """Why Python, or the class itself, refuses to make the class of a replaced norm."""
     try:
-        make(*arguments)
-    except Exception as refusal:  # what `__init_subclass__` may raise is the user's
-        return f"{type(refusal).__name__}: {refusal}"
+        _ours(kind)
+    except Exception as refusal:  # what `__init_subclass__` raises is the user's
+        return f"no subclass of {kind.__qualname__} can be made: {_text(refusal)}"
     return None
+
+
+def _text(refusal: Exception) -> str:
+    return f"{type(refusal).__name__}: {refusal}"
 
 
 class _Own(NamedTuple):

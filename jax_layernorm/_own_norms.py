@@ -67,11 +67,6 @@ def check_also(also: Also | None, bases: tuple[type, ...], fix: str) -> dict[typ
     return dict(also)
 
 
-def function_of(method: Any) -> Any:
-    """The function that a class defines, without the wrappers around it."""
-    return inspect.unwrap(method)
-
-
 @contextlib.contextmanager
 def computing(
     implementation: Implementation | None, custom_vjp: bool
@@ -111,7 +106,7 @@ def calls_super(kind: type, base: type) -> bool:
     own = [c.__dict__["__call__"] for c in with_call if c in kind.__mro__[:place]]
     calls = next(c for c in base.__mro__ if "__call__" in c.__dict__)
     return with_call[len(own)] is calls and all(
-        _names(function_of(call)) >= {"super", "__call__"} for call in own
+        _names(inspect.unwrap(call)) >= {"super", "__call__"} for call in own
     )
 
 
