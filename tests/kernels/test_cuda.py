@@ -162,6 +162,15 @@ def test_values_and_gradients_are_right(case, emulated):
 
 
 @needs_a_compiler
+@pytest.mark.parametrize("case", ("ragged", "ragged cluster"))
+def test_rows_may_be_fetched_first_or_last(case, emulated, monkeypatch):
+    """The way that each does not go by default."""
+    monkeypatch.setattr(_tiles, "FETCH_FIRST", (1,))
+    emulated()
+    check(CASES[case])
+
+
+@needs_a_compiler
 @pytest.mark.parametrize("case", rounded.CASES, ids=str)
 def test_each_result_is_rounded_as_jax_would(case, emulated):
     emulated()
@@ -237,13 +246,14 @@ def test_vmapped_gradients_and_second_derivatives(emulated):
 # ---- the emulation catches what would go wrong on a GPU
 
 RAGGED = Case((100, 1000))  # several turns of the ring
+CLUSTER = Case((7, 32768), "bfloat16")
 PLANTED = {
     "waits for one copy too few": (
         "norm.cu", "async_wait<kStages - 2>()", "async_wait<kStages - 1>()", RAGGED),
     "no barrier in the sum over a row": (
-        "row.cuh", "      barrier(1 + group, kThreads);\n", "", RAGGED),
+        "row.cuh", "    barrier(1 + group, kThreads);\n", "", RAGGED),
     "both sums of a row in one place": (
-        "norm.cu", "    turn ^= 1;\n", "", RAGGED),
+        "norm.cu", "    turn = kCluster > 1 ? turn + 1 & 3 : turn ^ 1;\n", "", RAGGED),
     "no barrier in the tree of groups": (
         "norm.cu", "      barrier(0, kBlock);\n      if (group < n - half)",
         "      if (group < n - half)", RAGGED),
@@ -254,16 +264,22 @@ PLANTED = {
         "row.cuh", "      if (!inside(v, t)) continue;\n      Bytes* to", "      Bytes* to",
         RAGGED),
     "fetches into the stage that is read": (
-        "norm.cu", "stage == 0 ? kStages - 1 : stage - 1", "stage", RAGGED),
+        "row.cuh", "return stage == 0 ? kStages - 1 : stage - 1", "return stage", RAGGED),
     "fetches into a stage that is under way": (
-        "norm.cu", "stage == 0 ? kStages - 1 : stage - 1",
-        "stage + 1 == kStages ? 0 : stage + 1", RAGGED),
-    "stores into a block that has not begun": (
-        "norm.cu", "  if constexpr (kCluster > 1) cluster_barrier();\n  Values gamma, beta",
-        "  Values gamma, beta", Case((7, 32768), "bfloat16")),
+        "row.cuh", "return stage == 0 ? kStages - 1 : stage - 1",
+        "return stage + 1 == kStages ? 0 : stage + 1", RAGGED),
+    "in a cluster, fetches into the stage that is read": (
+        "row.cuh", "return stage == 0 ? kStages - 1 : stage - 1", "return stage", CLUSTER),
+    "sends to a block that has not begun": (
+        "row.cuh", "  cluster_barrier();", "", CLUSTER),
     "only the block waits, not the cluster": (
-        "row.cuh", "x.a, x.b);\n      cluster_barrier();",
-        "x.a, x.b);\n      barrier(0, kBlock);", Case((7, 32768), "bfloat16")),
+        "row.cuh", "wait_for(arrived, turn >> 1 & 1);", "barrier(0, kBlock);", CLUSTER),
+    "waits for the phase before": (
+        "row.cuh", "turn >> 1 & 1", "turn >> 1 & 1 ^ 1", CLUSTER),
+    "waits for its own block alone": (
+        "row.cuh", "expect(arrived, parts *", "expect(arrived, kWarps *", CLUSTER),
+    "a cluster's sums in one place": (
+        "row.cuh", "sums.of[set]", "sums.of[0]", CLUSTER),
 }  # fmt: skip
 
 
@@ -457,8 +473,16 @@ def test_tiles_fit_the_gpu_and_do_not_depend_on_the_rows(
     assert threads <= 1024 and threads % 32 == 0
     assert features % (made.cluster * made.vector) == 0
     assert made.blocks % made.cluster == 0
+    assert made.blocks <= max(gpu.multiprocessors, made.cluster)
     # Sums over a row are taken in an order that these decide.
     assert made[0] == few[0] and made[2:4] == few[2:4]
+
+
+def test_no_cluster_waits_for_a_second_turn():
+    """An H100 has been seen to run 15 clusters of 8 at once, not 16."""
+    clusters = {size: H100.at_once(size) for size in (1, 2, 4, 8)}
+    assert clusters == {1: 132, 2: 66, 4: 29, 8: 14}
+    assert _tiles.tile("backward", 512, 65536, (2, 2), 2, H100).workers == 14
 
 
 @pytest.mark.parametrize("itemsize", (2, 4))

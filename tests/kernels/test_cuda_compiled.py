@@ -127,6 +127,7 @@ def kernel_of(direction, features, dtype, gpu, *, adds, rounds=False):
         arrays |= {"DY": dtype}
         has |= {"HAS_DRESIDUAL_OUT": adds, "HAS_DMEAN": False, "HAS_DRSTD": False}
         has |= dict.fromkeys(("WITH_DX", "WITH_DSCALE", "WITH_DBIAS"), True)
+        has |= {"FETCH_FIRST": tile.cluster in _tiles.FETCH_FIRST}
     return cuda._macros(direction.upper(), features, tile, arrays, **has), tile
 
 

@@ -164,7 +164,7 @@ def backward(problem: Problem) -> Callable[..., BackwardOutputs]:
             HAS_SCALE=scale is not None,
             HAS_DRESIDUAL_OUT=dresidual_out is not None, HAS_DMEAN=dmean is not None,
             HAS_DRSTD=drstd is not None, SCALE_OFFSET=_equations.scale_offset(scale, spec),
-            WITH_DX=with_dx, **wanted,
+            WITH_DX=with_dx, FETCH_FIRST=tile.cluster in _tiles.FETCH_FIRST, **wanted,
         )  # fmt: skip
         results = {}
         if with_dx:

@@ -41,7 +41,22 @@ class Gpu(NamedTuple):
     def has_clusters(self) -> bool:
         return self.capability >= 90
 
+    def at_once(self, cluster: int) -> int:
+        """How many clusters of so many blocks run at once, one block a multiprocessor.
 
+        A cluster lies within a GPC. How many multiprocessors each GPC has differs from one
+        H100 to the next, so this assumes the fewest whole ones, as CUTLASS does
+        (`get_max_cta_occupancy`). One cluster too many would run alone, after the
+        others, and take as long as they. On an H100 with 132 multiprocessors, 15 clusters
+        of 8 have been seen to run at once, not 16
+        (github.com/accel-sim/gpu-app-collection, pull request 87).
+        """
+        whole, rest = divmod(self.multiprocessors, GPC)
+        return whole * (GPC // cluster) + rest // cluster
+
+
+GPC = 18
+"""The multiprocessors of a whole graphics processing cluster of an H100."""
 UNKNOWN = Gpu(0, 108)
 
 
@@ -112,6 +127,10 @@ with 32 elements a thread, than in a cluster. Backward, a thread also keeps two 
 each element, and short rows are faster with fewer elements a thread."""
 CLUSTERS = (1, 2, 4, 8)
 STAGES = 3
+FETCH_FIRST = (2, 4, 8)
+"""For clusters of these sizes, the backward pass begins to fetch a row before it works on
+the row at hand, and otherwise after it. A GPU has timed only the latter, without clusters;
+`benchmarks.cuda_device sweep` tries both."""
 MOST_GROUPS = 15  # each needs a barrier, except rows of one warp or less
 
 
@@ -166,9 +185,10 @@ def _tile(
             ring = stages * groups * row * sum(read)
             gathered = groups // 2 * 2 * row * 4 if direction == "backward" else 0
             sums = 2 * groups * cluster * max(1, threads // 32) * 8
+            sums += 16 if cluster > 1 else 0  # the counts of what has arrived
             needed = _round_up(sums, 16) + _round_up(max(ring, gathered), 16)
             if needed <= on.shared_bytes:
-                workers = min(on.multiprocessors // cluster, -(-rows // groups))
+                workers = min(on.at_once(cluster), -(-rows // groups))
                 blocks = cluster * max(1, workers)
                 return Tile(threads, groups, vector, cluster, stages, blocks, needed)
     return None

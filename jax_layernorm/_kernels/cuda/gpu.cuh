@@ -86,24 +86,51 @@ DEVICE void store(uint32* to, uint32 from) { *to = from; }
 DEVICE void store(uint16* to, uint16 from) { *to = from; }
 
 #if __CUDA_ARCH__ >= 900
-// Waits for all threads of the cluster, and makes visible what they have stored.
+// Waits for all threads of the cluster.
 DEVICE void cluster_barrier() {
   asm volatile(
       "barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
           : "memory");
 }
 
-// Stores two floats at the address that `p` has in the memory of another block.
-DEVICE void store_in_block(float* p, int block, float a, float b) {
-  uint32 there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-               : "=r"(there) : "r"(shared_address(p)), "r"(block));
-  asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(there), "f"(a), "f"(b)
-               : "memory");
+// Counts the bytes that blocks of the cluster send to this block (PTX: an mbarrier). A phase
+// ends when one thread has called `expect`, and all bytes that it expects are there.
+struct alignas(8) Arrivals { unsigned long long state; };
+
+// One thread calls this once, before a cluster_barrier.
+DEVICE void begin(Arrivals& arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\n\tfence.mbarrier_init.release.cluster;"
+               ::"r"(shared_address(&arrivals)) : "memory");
 }
-#else
-DEVICE void cluster_barrier() {}
-DEVICE void store_in_block(float*, int, float, float) {}
+DEVICE void expect(Arrivals& arrivals, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+               ::"r"(shared_address(&arrivals)), "r"(bytes) : "memory");
+}
+
+// Stores two floats at the address that `p` has in the memory of another block, and counts
+// them there. Other than cluster_barrier, it does not wait for what the thread has stored
+// before, which takes as long as the way to the memory of the GPU and back.
+DEVICE void send(float* p, Arrivals& arrivals, int block, float a, float b) {
+  asm volatile("{\n\t.reg .b32 to, counted;\n\t"
+               "mapa.shared::cluster.u32 to, %0, %2;\n\t"
+               "mapa.shared::cluster.u32 counted, %1, %2;\n\t"
+               "st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32"
+               " [to], {%3, %4}, [counted];\n\t}"
+               ::"r"(shared_address(p)), "r"(shared_address(&arrivals)), "r"(block), "f"(a),
+               "f"(b) : "memory");
+}
+
+// Waits for the end of a phase. `parity` is 0 for the first phase, 1 for the second, and so on
+// in turns.
+DEVICE void wait_for(Arrivals& arrivals, int parity) {
+  uint32 ended;
+  do {
+    asm volatile("{\n\t.reg .pred p;\n\t"
+                 "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n\t"
+                 "selp.u32 %0, 1, 0, p;\n\t}"
+                 : "=r"(ended) : "r"(shared_address(&arrivals)), "r"(parity) : "memory");
+  } while (!ended);
+}
 #endif
 
 #endif  // JAX_LAYERNORM_KERNELS_CUDA_GPU_CUH_

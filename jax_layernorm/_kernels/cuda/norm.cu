@@ -8,6 +8,7 @@
 //   JLN_HAS_RESIDUAL, ...: 0 or 1, whether there is that array
 //   JLN_CENTER: 1 for layer norm, 0 for RMS norm
 //   JLN_ROUND: 1 for round_before_scale
+//   JLN_FETCH_FIRST: see FETCH_FIRST in _tiles.py
 //   JLN_EPSILON, JLN_SCALE_OFFSET: floats
 //
 // Each row is read from memory once. Products and sums are fused only where the source says
@@ -79,8 +80,7 @@ NORM_KERNEL norm_forward(const X* x, const Residual* residual, const Scale* scal
   long long row = place.first + group;
   UNROLL for (int s = 0; s < kStages - 1; ++s) fetch(row + s * place.step, s);
 
-  // No block may store into one that has not begun.
-  if constexpr (kCluster > 1) cluster_barrier();
+  begin_cluster(shared.sums);
   Values gamma, beta;
   if constexpr (kHasScale) {
     load_parameter(place.part_of(scale, 0), t, JLN_SCALE_OFFSET, gamma);
@@ -108,8 +108,7 @@ NORM_KERNEL norm_forward(const X* x, const Residual* residual, const Scale* scal
       }
       if (here) sum.store_to(place.part_of(residual_out, row), t);
     }
-    // Into the stage before this one, which was read in the last turn.
-    fetch(row + (kStages - 1) * place.step, stage == 0 ? kStages - 1 : stage - 1);
+    fetch(row + (kStages - 1) * place.step, before(stage));
     stage = stage + 1 == kStages ? 0 : stage + 1;
 
     Two sums = {0.0f, 0.0f};
@@ -117,7 +116,7 @@ NORM_KERNEL norm_forward(const X* x, const Residual* residual, const Scale* scal
     if constexpr (kCenter) {
       FOR_ELEMENTS(v, i) sums.a = multiply_add(c[v][i], kInvN, sums.a);
       high = sum_row(sums, shared.sums, turn, group, t, rank).a;
-      turn ^= 1;
+      turn = kCluster > 1 ? turn + 1 & 3 : turn ^ 1;
       sums.a = 0.0f;
       FOR_ELEMENTS(v, i) {
         c[v][i] = inside(v, t) ? c[v][i] - high : 0.0f;
@@ -126,7 +125,7 @@ NORM_KERNEL norm_forward(const X* x, const Residual* residual, const Scale* scal
     }
     FOR_ELEMENTS(v, i) sums.b = multiply_add(c[v][i], c[v][i], sums.b);
     sums = sum_row(sums, shared.sums, turn, group, t, rank);
-    turn ^= 1;
+    turn = kCluster > 1 ? turn + 1 & 3 : turn ^ 1;
     float square = sums.b;
     if constexpr (kCenter) {
       low = sums.a * kInvN;
@@ -163,7 +162,6 @@ NORM_KERNEL norm_forward(const X* x, const Residual* residual, const Scale* scal
       }
     }
   }
-  if constexpr (kCluster > 1) cluster_barrier();  // no block may still store into this one
 }
 #endif
 
@@ -174,6 +172,7 @@ constexpr bool kHasDrstd = JLN_HAS_DRSTD;
 constexpr bool kWithDx = JLN_WITH_DX;
 constexpr bool kWithDscale = JLN_WITH_DSCALE;
 constexpr bool kWithDbias = JLN_WITH_DBIAS;
+constexpr bool kFetchFirst = JLN_FETCH_FIRST;
 using Dy = JLN_DY;
 
 struct Ring {
@@ -235,8 +234,7 @@ NORM_KERNEL norm_backward(const X* x, const Scale* scale, const float* mean,
     next_r = rstd[of];
   };
   fetch_statistics(row);
-  // No block may store into one that has not begun.
-  if constexpr (kCluster > 1) cluster_barrier();
+  begin_cluster(warp_sums);
   if constexpr (kHasScale) {
     load_parameter(place.part_of(scale, 0), t, JLN_SCALE_OFFSET, gamma);
   }
@@ -248,6 +246,7 @@ NORM_KERNEL norm_backward(const X* x, const Scale* scale, const float* mean,
     const float high = next_high, low = next_low, r = next_r;
     fetch_statistics(row + place.step);
     async_wait<kStages - 2>();
+    if constexpr (kFetchFirst) fetch(row + (kStages - 1) * place.step, before(stage));
     float along_x_hat = 0.0f, mean_of_g = 0.0f, shift = 0.0f;
     if constexpr (kWithDx) {
       Two sums = {0.0f, 0.0f};
@@ -262,7 +261,7 @@ NORM_KERNEL norm_backward(const X* x, const Scale* scale, const float* mean,
         sums.b = multiply_add(g, arrived.get(v, i) - high, sums.b);
       }
       sums = sum_row(sums, warp_sums, turn, group, t, rank);
-      turn ^= 1;
+      turn = kCluster > 1 ? turn + 1 & 3 : turn ^ 1;
       if constexpr (kCenter) {
         sums.b = multiply_add(-low, sums.a, sums.b);
         mean_of_g = sums.a * kInvN;
@@ -298,8 +297,7 @@ NORM_KERNEL norm_backward(const X* x, const Scale* scale, const float* mean,
       }
       if constexpr (kWithDx) out.store_to(place.part_of(dx, row), t);
     }
-    // Into the stage before this one, which was read in the last turn.
-    fetch(row + (kStages - 1) * place.step, stage == 0 ? kStages - 1 : stage - 1);
+    if constexpr (!kFetchFirst) fetch(row + (kStages - 1) * place.step, before(stage));
     stage = stage + 1 == kStages ? 0 : stage + 1;
   }
   async_wait<0>();
@@ -335,7 +333,6 @@ NORM_KERNEL norm_backward(const X* x, const Scale* scale, const float* mean,
       }
     }
   }
-  if constexpr (kCluster > 1) cluster_barrier();  // no block may still store into this one
 }
 #endif
 

@@ -49,6 +49,9 @@ template <> struct BytesOf<8> { using Type = Bytes8; };
 template <> struct BytesOf<4> { using Type = uint32; };
 template <> struct BytesOf<2> { using Type = uint16; };
 
+// The stage before this one: it was read in the last turn, and may be fetched into.
+DEVICE int before(int stage) { return stage == 0 ? kStages - 1 : stage - 1; }
+
 // Where a thread's vector v begins in its part, and whether the part is that long.
 DEVICE int column_of(int v, int t) { return (v * kThreads + t) * kVector; }
 DEVICE bool inside(int v, int t) { return kExact || column_of(v, t) < kPart; }
@@ -125,7 +128,22 @@ struct alignas(8) Two { float a, b; };
 
 // The sums of each group's warps in all blocks of a cluster; each block has them in its
 // memory. There are two sets, which are used in turns.
-struct WarpSums { Two of[2][kGroups][kCluster * (kWarps ? kWarps : 1)]; };
+struct WarpSums {
+  Two of[2][kGroups][kCluster * (kWarps ? kWarps : 1)];
+#if JLN_CLUSTER > 1
+  Arrivals arrived[2];
+#endif
+};
+
+// All threads call this before the first sum over a row.
+DEVICE void begin_cluster(WarpSums& sums) {
+#if JLN_CLUSTER > 1
+  if (threadIdx.x == 0) {
+    for (Arrivals& arrived : sums.arrived) begin(arrived);
+  }
+  cluster_barrier();  // no block may send to one that has not begun
+#endif
+}
 
 DEVICE void sum_lanes(Two& x, int lanes) {
   UNROLL for (int n = lanes / 2; n > 0; n /= 2) {
@@ -135,21 +153,27 @@ DEVICE void sum_lanes(Two& x, int lanes) {
 }
 
 // Two sums over a row. All threads of the row get the same sums, in an order that only
-// kThreads and kCluster decide. `turn` must alternate from one call to the next,
-// because a thread may be one call ahead of another.
+// kThreads and kCluster decide. `turn` counts the calls, and after kLastTurn begins at 0 again.
+//
+// A set of sums is free again at the call after next: in the call between, a thread waits
+// for all warps of the row, and each of them has read the set before it takes part in that
+// call. So a block has received all that was sent to it when its last call returns, and
+// may end.
 DEVICE Two sum_row(Two x, WarpSums& sums, int turn, int group, int t, int rank) {
   constexpr int parts = kCluster * kWarps;
   sum_lanes(x, kThreads < 32 ? kThreads : 32);
   if constexpr (parts > 1) {
-    Two* all = sums.of[turn][group];
-    if constexpr (kCluster > 1) {
-      Two* mine = &all[rank * kWarps + t / 32];
-      if (t % 32 < kCluster) store_in_block(&mine->a, t % 32, x.a, x.b);
-      cluster_barrier();
-    } else {
-      if (t % 32 == 0) all[t / 32] = x;
-      barrier(1 + group, kThreads);
-    }
+    const int set = kCluster > 1 ? turn & 1 : turn;
+    Two* all = sums.of[set][group];
+#if JLN_CLUSTER > 1
+    Arrivals& arrived = sums.arrived[set];
+    if (t == 0) expect(arrived, parts * sizeof(Two));
+    if (t % 32 < kCluster) send(&all[rank * kWarps + t / 32].a, arrived, t % 32, x.a, x.b);
+    wait_for(arrived, turn >> 1 & 1);
+#else
+    if (t % 32 == 0) all[t / 32] = x;
+    barrier(1 + group, kThreads);
+#endif
     x = {0.0f, 0.0f};
     if constexpr (parts <= 8) {
       UNROLL for (int w = 0; w < parts; ++w) {

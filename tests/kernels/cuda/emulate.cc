@@ -27,6 +27,8 @@ struct Thread {
   std::vector<std::vector<Copy>> groups;  // the last is not committed yet
 };
 
+struct Sent { char* to; float values[2]; Arrivals* arrivals; };
+
 struct Barrier { int arrived = 0; long generation = 0; };
 
 struct Block {
@@ -35,6 +37,7 @@ struct Block {
   std::vector<Barrier> warps;
   std::vector<float> lanes;  // (warps, 2, 32): what is shuffled, in turns
   std::vector<int> turns;    // of each thread
+  std::vector<Sent> sent;    // to this block, and not there yet
 };
 
 struct State {
@@ -103,6 +106,7 @@ std::string left_by(const Block& block) {
   for (const Barrier& barrier : block.warps) {
     if (barrier.arrived) return "a shuffle was left half full";
   }
+  if (!block.sent.empty()) return "a block ended before all that was sent to it was there";
   for (auto byte = block.memory.end() - kGuard; byte != block.memory.end(); ++byte) {
     if (*byte != kNan) return "a write past the end of shared memory";
   }
@@ -215,6 +219,46 @@ float exchange(float x, int lanes) {
 }
 void meet(int id, int threads) { meet(block().barriers[id], threads); }
 void meet_cluster() { meet(state.cluster, static_cast<int>(state.threads.size())); }
+
+void begin(Arrivals& arrivals) { arrivals = {1, 0, -1}; }
+void expect(Arrivals& arrivals, int bytes) {
+  if (arrivals.begun != 1) state.wrong = "bytes are expected before the count has begun";
+  if (arrivals.expected != -1) state.wrong = "bytes are expected twice in a phase";
+  arrivals.expected = bytes;
+  state.progress++;
+}
+void send(float* p, Arrivals& arrivals, int block, float a, float b) {
+  char* here = memory();
+  char* there = memory(block);
+  char* to = there + (reinterpret_cast<char*>(p) - here);
+  char* counted = there + (reinterpret_cast<char*>(&arrivals) - here);
+  if (!aligned(to, 8)) return;
+  memset(to, kNan, 8);
+  state.blocks[block].sent.push_back({to, {a, b}, reinterpret_cast<Arrivals*>(counted)});
+  state.progress++;
+}
+void wait_for(Arrivals& arrivals, int parity) {
+  if (arrivals.begun != 1) state.wrong = "a wait for a count that has not begun";
+  auto& sent = block().sent;
+  const auto here = [&](const Sent& one) { return one.arrivals == &arrivals; };
+  while (arrivals.parity == parity) {
+    const int bytes = 8 * static_cast<int>(std::count_if(sent.begin(), sent.end(), here));
+    if (arrivals.expected != -1 && bytes > arrivals.expected) {
+      state.wrong = "more bytes were sent than were expected";
+    }
+    if (bytes == arrivals.expected) {
+      for (const Sent& one : sent) {
+        if (here(one)) memcpy(one.to, one.values, 8);
+      }
+      sent.erase(std::remove_if(sent.begin(), sent.end(), here), sent.end());
+      arrivals.expected = -1;
+      arrivals.parity ^= 1;
+      state.progress++;
+    } else {
+      yield();
+    }
+  }
+}
 
 void copy(void* to, const void* from, int bytes) {
   if (!aligned(to, bytes) || !aligned(from, bytes) || !touch(from, bytes)) return;

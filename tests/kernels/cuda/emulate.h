@@ -2,9 +2,10 @@
 // cluster after another. emulate.cc has the fibers; it is compiled once for all kernels.
 //
 // It is strict where a GPU may be lenient: an asynchronous copy spoils its target when it
-// begins and copies when it is waited for; shared memory begins as NaN; warps run in an
-// order that a seed decides, each as far as it gets; a barrier or shuffle at which not all
-// threads arrive is an error, and so is an access of a row outside of the arrays, or of the
+// begins and copies when it is waited for, and so does what is sent to another block; shared
+// memory begins as NaN; warps run in an order that a seed decides, each as far as it gets. It
+// is an error if not all threads arrive at a barrier or shuffle, if a block ends before it has
+// waited for all that is sent to it, and if an access is outside of the arrays, or of the
 // memory of a block that has not begun.
 
 #ifndef JAX_LAYERNORM_TESTS_KERNELS_CUDA_EMULATE_H_
@@ -37,6 +38,16 @@ char* memory();
 float exchange(float x, int lanes);  // see shuffle_xor in gpu.cuh
 void meet(int id, int threads);      // see barrier in gpu.cuh
 void meet_cluster();
+
+// What a block of a cluster waits for: see Arrivals in gpu.cuh. Its memory begins as NaN.
+struct alignas(8) Arrivals {
+  short begun, parity;
+  int expected;  // bytes; -1 until they are known
+};
+void begin(Arrivals& arrivals);
+void expect(Arrivals& arrivals, int bytes);
+void send(float* p, Arrivals& arrivals, int block, float a, float b);
+void wait_for(Arrivals& arrivals, int parity);
 
 // An asynchronous copy, if `bytes` is more than 2.
 void copy(void* to, const void* from, int bytes);
@@ -105,10 +116,10 @@ template <class Bytes>
 DEVICE void store(Bytes* to, Bytes from) { emulated::write(to, &from, sizeof(Bytes)); }
 
 DEVICE void cluster_barrier() { emulated::meet_cluster(); }
-DEVICE void store_in_block(float* p, int block, float a, float b) {
-  const float values[] = {a, b};
-  const long offset = reinterpret_cast<char*>(p) - emulated::memory();
-  memcpy(emulated::memory(block) + offset, values, sizeof(values));
-}
+using emulated::Arrivals;
+using emulated::begin;
+using emulated::expect;
+using emulated::send;
+using emulated::wait_for;
 
 #endif  // JAX_LAYERNORM_TESTS_KERNELS_CUDA_EMULATE_H_
