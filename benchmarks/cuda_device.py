@@ -3,15 +3,21 @@
 All stages run in this order, unless some are named. Each prints its results as it goes:
 
   smoke     launches small norms, forward and backward
-  values    every shape, both dtypes, every norm: errors in units in the last place
-            against float64 NumPy, and whether a second run gives the same bits
-  times     `benchmarks.run` with XLA, Flax, tokamax, torch and a copy; FILE.times.json
+  values    every shape, dtype and norm, also with round_before_scale: errors in units in
+            the last place against float64 NumPy, and whether a second run gives the same
+            bits
+  times     `benchmarks.run` for each of the tables below; FILE.TABLE.json
   graph     smoke in a CUDA graph, in a separate process
-  sanitize  smoke under compute-sanitizer's racecheck and memcheck, in a separate process
-  sweep     forward and backward with other tiles than those that _tiles.py chooses
+  sanitize  smoke under compute-sanitizer's racecheck and memcheck, in separate processes
+            of at most 100 s each
+  sweep     forward and backward with other tiles than those that _tiles.py chooses, and
+            with rows fetched first and last
 
-A stage that has no time left stops, and says so. All stages together take about 10
-minutes on an H100:
+Tables: main and float32 have the large passes; adds and rms the residual sum and RMS norm;
+wide has rows that need clusters; few has few rows, as in inference; peers has tokamax,
+torch, torch.compile, Liger and quack.
+
+A stage that has no time left (`--seconds`) stops, and says so.
 
     python -m benchmarks.cuda_device --json cuda_device.jsonl
 """
@@ -19,6 +25,7 @@ minutes on an H100:
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import os
@@ -43,19 +50,50 @@ SHAPES = (
     "16384x4096", "4096x768", "32768x128", "8192x1024", "2048x16384", "8192x5120",
     "4096x8192", "512x65536", "32769x1000", "8192x64", "20000x100",
 )  # fmt: skip
-TIMED = 5
-"""The first of these, with every peer."""
-PEERS = (
-    "xla", "cuda", "flax", "tokamax", "copy", "torch", "torch.compile", "liger",
-    "quack rms",
-)  # fmt: skip
-CHECKED_ELEMENTS = 4 << 20
+LARGE = ("16384x4096", "4096x768", "32768x128", "8192x1024", "2048x16384")
+TABLES = {  # arguments of benchmarks.run
+    "main": {"norms": ("xla", "cuda", "flax", "copy"), "shapes": LARGE},
+    "wide": {
+        "norms": ("xla", "cuda", "copy"),
+        "shapes": ("4096x16384", "512x65536", "1024x40960"),
+        "programs": ("forward", "backward", "joint"),
+    },
+    "adds": {
+        "norms": ("xla", "cuda"),
+        "shapes": LARGE,
+        "programs": ("add", "add backward", "add joint"),
+    },
+    "rms": {
+        "rms": (),
+        "norms": ("xla", "cuda", "flax", "tokamax"),
+        "shapes": LARGE[:4],
+    },
+    "float32": {
+        "norms": ("xla", "cuda", "copy"),
+        "shapes": ("16384x4096", "8192x1024", "4096x768", "2048x16384"),
+        "dtypes": ("float32",),
+        "programs": ("forward", "backward", "joint"),
+    },
+    "few": {
+        "norms": ("xla", "cuda"),
+        "shapes": ("1x4096", "64x4096", "512x4096", "64x768", "1000x1000"),
+        "programs": ("inference", "block inference", "joint"),
+    },
+    "peers": {
+        "norms": ("tokamax", "torch", "torch.compile", "liger", "quack rms"),
+        "shapes": LARGE,
+        "programs": ("forward", "backward", "joint"),
+    },
+}
+CHECKED_ELEMENTS = 1 << 20
 """At the most: NumPy in float64 takes its time."""
-SMOKE = ("1000x1024", "300x16384", "70x33")
+SMOKE = ("1000x1024", "300x16384", "40x65536", "70x33")
 TILES = {  # elements a thread, threads of a block, stages
     "forward": ((16, 768, 3), (8, 1024, 3), (16, 512, 3), (32, 512, 2), (8, 512, 4)),
-    "backward": ((8, 1024, 3), (8, 768, 3), (16, 512, 3), (8, 1024, 2), (8, 512, 4)),
+    "backward": ((8, 1024, 3), (8, 768, 3), (16, 512, 3), (16, 512, 4), (8, 512, 4)),
 }
+LONGEST = 100
+"""Seconds for a process."""
 GRAPH_FLAGS = (
     "--xla_gpu_graph_min_graph_size=1 --xla_gpu_enable_command_buffer=+CUSTOM_CALL"
 )
@@ -63,12 +101,16 @@ GRAPH_FLAGS = (
 Say = Callable[..., None]
 
 
-def checked(shape: shapes.Shape, dtype: str, norm: str) -> dict[str, Any]:
+def checked(
+    shape: shapes.Shape, dtype: str, norm: str, **options: Any
+) -> dict[str, Any]:
     """Errors of one problem, and whether a second run gives the same bits."""
     problem = _check.draw(norm, tuple(shape), dtype)
     arguments = jax.device_put((problem.params, problem.arrays, problem.cotangents))
     start = time.perf_counter()
-    function = _check.program(_check.candidates(norm)["cuda"])
+    function = _check.program(
+        functools.partial(_check.candidates(norm)["cuda"], **options)
+    )
     compiled = function.lower(*arguments).compile()
     seconds = time.perf_counter() - start
     out, again = compiled(*arguments), compiled(*arguments)
@@ -77,10 +119,15 @@ def checked(shape: shapes.Shape, dtype: str, norm: str) -> dict[str, Any]:
         for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(again), strict=True)
     )
     errors = _check.errors_of(out, problem)
+    if options.get(
+        "round_before_scale"
+    ):  # the oracle takes dscale from x_hat unrounded
+        errors = errors._replace(sums=0.0)
     return {
         "shape": str(shape),
         "dtype": dtype,
         "norm": norm,
+        **options,
         "compile s": seconds,
         **errors._asdict(),
         "right": not errors.too_large(shape.rows),
@@ -104,60 +151,76 @@ def in_time(problems: Iterable[Any], say: Say, options: Any) -> Iterator[Any]:
 
 
 def values(say: Say, options: Any) -> None:
-    problems = itertools.product(options.shapes, options.dtypes, _check.NORMS)
-    for shape, dtype, norm in in_time(problems, say, options):
+    problems = itertools.product(
+        options.shapes, options.dtypes, _check.NORMS, (False, True)
+    )
+    for shape, dtype, norm, rounds in in_time(problems, say, options):
         rows = min(shape.rows, CHECKED_ELEMENTS // shape.features)
-        say(**checked(shape._replace(rows=rows), dtype, norm))
+        more = {"round_before_scale": True} if rounds else {}
+        if rounds and dtype == "float32":  # where it changes nothing
+            continue
+        say(**checked(shape._replace(rows=rows), dtype, norm, **more))
 
 
 def times(say: Say, options: Any) -> None:
-    path = f"{options.json or 'cuda_device.jsonl'}.times.json"
-    given = {"--shapes": map(str, options.shapes[:TIMED]), "--norms": options.norms}
-    given |= {"--dtypes": options.dtypes[:1], "--calls": [str(options.calls)]}
-    arguments = [word for name, words in given.items() for word in (name, *words)]
-    run.main([*arguments, "--json", path])
-    say(written=path)
+    for name in in_time(options.tables, say, options):
+        path = f"{options.json or 'cuda_device.jsonl'}.{name}.json"
+        table = {"dtypes": ("bfloat16",)} | TABLES[name]
+        words = [w for key, given in table.items() for w in (f"--{key}", *given)]
+        run.main([*words, "--calls", str(options.calls), "--json", path])
+        say(written=path)
 
 
 @contextlib.contextmanager
-def tiles(direction: str, per_thread: int, threads: int, stages: int) -> Iterator[None]:
-    kept = _tiles.BLOCKS, _tiles.STAGES
+def tiles(
+    direction: str, per_thread: int, threads: int, stages: int, fetch_first: bool
+) -> Iterator[None]:
+    kept = _tiles.BLOCKS, _tiles.STAGES, _tiles.FETCH_FIRST
     block = _tiles.Block(per_thread, threads, threads)
     _tiles.BLOCKS = kept[0] | {direction: (block,)}
     _tiles.STAGES = stages
+    _tiles.FETCH_FIRST = _tiles.CLUSTERS if fetch_first else ()
     jax.clear_caches()
     try:
         yield
     finally:
-        _tiles.BLOCKS, _tiles.STAGES = kept
+        _tiles.BLOCKS, _tiles.STAGES, _tiles.FETCH_FIRST = kept
         jax.clear_caches()
 
 
 def sweep(say: Say, options: Any) -> None:
-    for shape, dtype in itertools.product(options.shapes[:6], options.dtypes[:1]):
-        for direction, choices in TILES.items():
-            for choice in choices:
-                names = dict(
-                    zip(("per thread", "threads", "stages"), choice, strict=True)
+    """The backward pass first, because it has more to choose."""
+    problems = itertools.product(
+        ("backward", "forward"), options.shapes[:6], options.dtypes[:1], (True, False)
+    )
+    for direction, shape, dtype, fetch_first in in_time(problems, say, options):
+        if direction == "forward" and fetch_first:  # it always fetches first
+            continue
+        for choice in TILES[direction]:
+            names = dict(zip(("per thread", "threads", "stages"), choice, strict=True))
+            with tiles(direction, *choice, fetch_first):
+                measured = run.measure(
+                    "cuda", direction, shape, jnp.dtype(dtype), options.calls
                 )
-                with tiles(direction, *choice):
-                    measured = run.measure(
-                        "cuda", direction, shape, jnp.dtype(dtype), options.calls
-                    )
-                say(**names, **(measured or {}))
+            say(**names, **{"fetch first": fetch_first}, **(measured or {}))
 
 
 def in_a_process(say: Say, *command: str, **environment: str) -> None:
     """Runs smoke by `command`; prints its last lines if it fails."""
-    done = subprocess.run(
-        [*command, sys.executable, "-m", "benchmarks.cuda_device", "smoke"],
-        env=os.environ | environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    text = done.stdout + done.stderr
-    failed = done.returncode != 0 or '"right": false' in text
+    try:
+        done = subprocess.run(
+            [*command, sys.executable, "-m", "benchmarks.cuda_device", "smoke"],
+            env=os.environ | environment, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, check=False, timeout=LONGEST,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired as late:
+        say(command=command, stopped=f"it takes more than {LONGEST} s")
+        print((late.stdout or b"").decode(errors="replace")[-4000:])
+        return
+    failed = done.returncode != 0 or '"right": false' in done.stdout
     say(command=command, returncode=done.returncode, right=not failed)
     if failed:
-        print(text[-4000:])
+        print(done.stdout[-4000:])
 
 
 def graph(say: Say, options: Any) -> None:
@@ -166,7 +229,7 @@ def graph(say: Say, options: Any) -> None:
 
 
 def sanitize(say: Say, options: Any) -> None:
-    for tool in ("racecheck", "memcheck"):
+    for tool in in_time(("racecheck", "memcheck"), say, options):
         in_a_process(say, "compute-sanitizer", "--tool", tool, "--error-exitcode", "9")
 
 
@@ -176,7 +239,7 @@ def main(command_line: list[str] | None = None) -> int:
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
     shapes.add_argument(parser, SHAPES)
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--norms", nargs="+", default=PEERS, help="norms for times")
+    parser.add_argument("--tables", nargs="+", default=[*TABLES], choices=[*TABLES])
     parser.add_argument("--calls", type=int, default=20, help="calls to profile")
     parser.add_argument("--seconds", type=float, default=560, help="time limit")
     options = parser.parse_args(command_line)

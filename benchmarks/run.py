@@ -1,8 +1,9 @@
 """Times of layer norms on a GPU or TPU by its own clock, ours beside others'.
 
 Programs, defined in `benchmarks.support.programs`: forward, including what it saves for
-the backward pass; backward, from what forward saved; joint, both in one; block. "copy"
-copies x, which shows how fast the memory is. Parameters are float32.
+the backward pass; backward, from what forward saved; joint, both in one; block; and by
+name inference and those with a residual sum. "copy" copies x, which shows how fast the
+memory is. Parameters are float32. With `--rms` the norms are RMS norms.
 
 "device ms" is the median over calls of the time in which `jax.profiler` saw the device
 work, so the host does not count; "wall ms" is the time of queued calls divided by their
@@ -19,6 +20,7 @@ CPU only wall times are measured, because a CPU has no clock of its own; use
 
 from __future__ import annotations
 
+import argparse
 import functools
 import pathlib
 import statistics
@@ -35,6 +37,7 @@ from benchmarks.support import errors, peers, programs, report, shapes, torch_gp
 
 NORMS = ("ours", "xla", "cuda", "pallas_tpu", "flax", "tokamax", "plain", "copy")
 PROGRAMS = ("forward", "backward", "joint", "block")
+MORE_PROGRAMS = ("inference", "block inference", "add", "add backward", "add joint")
 DEFAULT_SHAPES = ("bert-large", "large", "pairs", "gpt2", "one-token", "uneven")
 ROTATED_BYTES = 256 << 20
 
@@ -73,13 +76,17 @@ def arguments(
 ) -> tuple[Any, ...]:
     """Arrays for a program; a backward pass gets what its own forward pass saved."""
     params, x, dy = given
-    if program == "forward":
+    if program in ("forward", "inference"):
         return params, x
-    if program == "joint":
-        return params, x, dy
+    if program in ("joint", "add", "add joint"):  # dy is the residual, too
+        return given
     if program == "backward":
         return jax.jit(functools.partial(jax.vjp, peer.norm))(params, x)[1], dy
-    return params, *block_weights(shape.features, dtype), x, dy
+    if program == "add backward":
+        vjp = jax.jit(functools.partial(jax.vjp, peer.add))(params, x, dy)[1]
+        return vjp, (dy, x)
+    weights = block_weights(shape.features, dtype)
+    return params, *weights, x, *((dy,) if program == "block" else ())
 
 
 def device_seconds(profile: Any, calls: int) -> float | None:
@@ -141,16 +148,20 @@ def measure(
     shape: shapes.Shape,
     dtype: Any,
     calls: int,
+    *,
+    rms: bool = False,
 ) -> dict[str, Any] | None:
     """One row of the table; None for a copy in a program other than forward."""
     sets = drawn(shape, dtype)
+    if rms:
+        sets = [({"scale": params["scale"]}, x, dy) for params, x, dy in sets]
     if name == "copy":
         if program != "forward":
             return None
         function: Any = jnp.copy
         given: list[Any] = [(x,) for _, x, _ in sets]
     else:
-        peer = peers.NORMS[name]
+        peer = (peers.RMS_NORMS if rms else peers.NORMS)[name]
         function = programs.make(program, peer, shape, dtype).function
         given = [arguments(program, peer, shape, dtype, one) for one in sets]
     jitted = jax.jit(function)
@@ -164,14 +175,14 @@ def measure(
         "shape": str(shape),
         "dtype": dtype.name,
         "program": program,
-        "norm": name,
+        "norm": f"{name} rms" if rms else name,
         "device ms": None if device is None else device * 1e3,
         "wall ms": wall * 1e3,
         "first call s": first_seconds,
         "floor arrays": floor,
         "GB/s": floor and floor * array / (wall if device is None else device) / 1e9,
     }
-    if program == "joint":
+    if program == "joint" and not rms:
         result |= errors.of_results(out, right(shape, dtype))
     return result
 
@@ -194,18 +205,26 @@ def measure_torch(options: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def main(command_line: list[str] | None = None) -> None:
-    parser = report.parser(__doc__)
-    shapes.add_argument(parser, DEFAULT_SHAPES)
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--programs", nargs="+", default=PROGRAMS, choices=PROGRAMS)
+def parser() -> argparse.ArgumentParser:
+    made = report.parser(__doc__)
+    shapes.add_argument(made, DEFAULT_SHAPES)
+    made.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    made.add_argument(
+        "--programs", nargs="+", default=PROGRAMS, choices=(*PROGRAMS, *MORE_PROGRAMS)
+    )
+    made.add_argument("--rms", action="store_true", help="RMS norms")
     known = dict.fromkeys((*peers.JAX_NORMS, "copy", *torch_gpu.NORMS))
-    peers.add_argument(parser, NORMS, known)
-    parser.add_argument("--calls", type=int, default=20, help="calls to profile")
-    options = parser.parse_args(command_line)
+    peers.add_argument(made, NORMS, known)
+    made.add_argument("--calls", type=int, default=20, help="calls to profile")
+    return made
+
+
+def main(command_line: list[str] | None = None) -> None:
+    options = parser().parse_args(command_line)
     where = report.environment()
     report.print_environment(where)
-    found = peers.available(set(options.norms) - set(torch_gpu.NORMS))
+    of_jax = set(options.norms) - set(torch_gpu.NORMS)
+    found = peers.available(of_jax & set(peers.RMS_NORMS) if options.rms else of_jax)
     names = [name for name in options.norms if name in (*found, "copy")]
     of_torch = measure_torch(options)
     implementation = peers.implementation() if "ours" in names else None
@@ -214,7 +233,7 @@ def main(command_line: list[str] | None = None) -> None:
         for shape in options.shapes:
             for program in options.programs:
                 measured = (
-                    measure(name, program, shape, dtype, options.calls)
+                    measure(name, program, shape, dtype, options.calls, rms=options.rms)
                     for name in names
                 )
                 cases = [case for case in measured if case is not None]
@@ -228,7 +247,9 @@ def main(command_line: list[str] | None = None) -> None:
                     continue
                 results += cases
                 clock = "wall ms" if cases[0]["device ms"] is None else "device ms"
-                ours = next((c[clock] for c in cases if c["norm"] == "ours"), None)
+                ours = next(
+                    (c[clock] for c in cases if c["norm"].split()[0] == "ours"), None
+                )
                 header = list(max(cases, key=len))  # the copy has no errors
                 print("GB/s: higher is better; all else: lower is better")
                 report.print_table(

@@ -52,6 +52,16 @@ def ours(implementation: str | None = None, *, custom_vjp: bool = True) -> Peer:
     )
 
 
+def our_rms(implementation: str | None = None) -> Peer:
+    options: Any = {"implementation": implementation, "epsilon": EPSILON}
+    return Peer(
+        lambda params, x: jln.rms_norm({"scale": params["scale"]}, x, **options),
+        lambda params, *arrays: jln.add_rms_norm(
+            {"scale": params["scale"]}, *arrays, **options
+        ),
+    )
+
+
 def other(
     norm: Norm, module: str | None = None, linen: Callable[..., Any] | None = None
 ) -> Peer:
@@ -79,13 +89,28 @@ def _linen(module: str, **options: Any) -> Any:
     return importlib.import_module(module).LayerNorm(epsilon=EPSILON, **options)
 
 
+def flax_rms(params: Params, x: jax.Array) -> jax.Array:
+    import flax.linen as nn
+
+    norm = nn.RMSNorm(epsilon=EPSILON, dtype=x.dtype)
+    return norm.apply({"params": {"scale": params["scale"]}}, x)
+
+
 def tokamax(params: Params, x: jax.Array) -> jax.Array:
     """With the implementation that tokamax chooses: XLA on a CPU, its kernel on a GPU."""
+    return _tokamax(x, params["scale"], params["bias"])
+
+
+def tokamax_rms(params: Params, x: jax.Array) -> jax.Array:
+    return _tokamax(x, params["scale"], None, subtract_mean=False)
+
+
+def _tokamax(*arguments: Any, **options: Any) -> jax.Array:
     import tokamax
     from absl import flags
 
     flags.FLAGS.mark_as_parsed()  # or it reads the command line as its own
-    return tokamax.layer_norm(x, params["scale"], params["bias"], epsilon=EPSILON)
+    return tokamax.layer_norm(*arguments, epsilon=EPSILON, **options)
 
 
 def equinox(params: Params, x: jax.Array) -> jax.Array:
@@ -145,6 +170,13 @@ NORMS = {
     "equinox": other(equinox, "equinox"),
     "torch": Peer(None, None, "torch"),
 }
+RMS_NORMS = {
+    "ours": our_rms(),
+    **{implementation: our_rms(implementation) for implementation in KERNELS},
+    "flax": other(flax_rms, "flax.linen"),
+    "tokamax": other(tokamax_rms, "tokamax"),
+}
+"""RMS norms, which take only `scale` from the parameters."""
 JAX_NORMS = tuple(name for name, peer in NORMS.items() if peer.norm is not None)
 LINEN_NORMS = tuple(name for name, peer in NORMS.items() if peer.linen is not None)
 

@@ -4,12 +4,15 @@ inference  the forward pass alone: `(params, x) -> y`
 forward    the forward pass under differentiation: what it saves is an output too, except
            x and the parameters, which exist already; as outputs XLA would copy them
 backward   `(what forward saved, dy) -> dparams, dx`
-joint      forward and backward in one jit: `(params, x, dy) -> y, dx, dscale, dbias`
+joint      forward and backward in one jit: `(params, x, dy) -> y, dx, dscale, dbias`;
+           an RMS norm has no dbias
 add        the norm of a residual sum: `(params, x, residual) -> y, residual_out`
 add joint  the same and its gradients in one jit
 add backward
            only the backward pass of add, as in backward
 block      `out = h + relu(norm(h) @ W1) @ W2`, and the gradients of all of it
+block inference
+           only out
 layers     a scanned decoder: `LAYERS` pre-norm blocks of attention and of relu
 
 `FLOOR_ARRAYS` are the arrays of the size of x that each must read or write.
@@ -40,6 +43,7 @@ FLOOR_ARRAYS: dict[str, int | None] = {
     "add backward": 4,  # residual_out, dy, dresidual_out; dx is the residual's gradient too
     "add joint": 8,
     "block": None,  # bound by products
+    "block inference": None,
     "layers": None,
 }
 """How many arrays of the size of x each program reads or writes at the least.
@@ -78,7 +82,7 @@ def forward_backward(norm: Norm) -> Callable[..., tuple[jax.Array, ...]]:
     def run(params: Any, x: jax.Array, dy: jax.Array) -> tuple[jax.Array, ...]:
         y, vjp = jax.vjp(norm, params, x)
         dparams, dx = vjp(dy)
-        return y, dx, dparams["scale"], dparams["bias"]
+        return y, dx, *(dparams[name] for name in ("scale", "bias") if name in dparams)
 
     return run
 
@@ -140,19 +144,24 @@ def add_joint(norm: AddNorm, shape: Shape, dtype: Any) -> Program:
 
 
 def block(norm: Norm, shape: Shape, dtype: Any) -> Program:
-    features = shape.features
+    inference, arguments = block_inference(norm, shape, dtype)
 
     def run(params: Any, w1: Any, w2: Any, h: jax.Array, dout: jax.Array) -> Any:
-        def out(params: Any, w1: Any, w2: Any, h: jax.Array) -> jax.Array:
-            return h + jax.nn.relu(norm(params, h) @ w1) @ w2
-
-        value, vjp = jax.vjp(out, params, w1, w2, h)
+        value, vjp = jax.vjp(inference, params, w1, w2, h)
         return value, vjp(dout)
 
-    h = abstract(shape, dtype)
+    return Program(run, (*arguments, arguments[-1]))
+
+
+def block_inference(norm: Norm, shape: Shape, dtype: Any) -> Program:
+    features = shape.features
+
+    def run(params: Any, w1: Any, w2: Any, h: jax.Array) -> jax.Array:
+        return h + jax.nn.relu(norm(params, h) @ w1) @ w2
+
     w1 = abstract((features, WIDEN * features), dtype)
     w2 = abstract((WIDEN * features, features), dtype)
-    return Program(run, (params_of(features), w1, w2, h, h))
+    return Program(run, (params_of(features), w1, w2, abstract(shape, dtype)))
 
 
 def heads_of(shape: Shape) -> tuple[int, int, int]:
@@ -259,6 +268,7 @@ PROGRAMS: dict[str, Callable[..., Program]] = {
     "add backward": add_backward,
     "add joint": add_joint,
     "block": block,
+    "block inference": block_inference,
     "layers": layers,
 }
 

@@ -9,8 +9,8 @@ import pytest
 
 pytest.importorskip("benchmarks.support", reason="no benchmarks here")
 
-from benchmarks import cuda_device
-from benchmarks.support import torch_gpu
+from benchmarks import cuda_device, run
+from benchmarks.support import peers, torch_gpu
 
 pytestmark = pytest.mark.skipif(
     cuda_emulation.missing() is not None, reason=str(cuda_emulation.missing())
@@ -23,11 +23,12 @@ def lines(monkeypatch, tmp_path):
     jax.clear_caches()
     cuda_emulation.install(monkeypatch)
     monkeypatch.setattr(cuda_device, "SMOKE", ("9x48",))
+    table = {"norms": ["cuda", "copy"], "shapes": ["6x64"], "programs": ["forward"]}
+    monkeypatch.setattr(cuda_device, "TABLES", {"main": table})
     path = tmp_path / "lines.jsonl"
 
     def run(*arguments):
-        small = ["--shapes", "6x64", "--dtypes", "float32", "--calls", "1"]
-        small += ["--norms", "cuda", "copy"]
+        small = ["--shapes", "6x64", "--dtypes", "bfloat16", "--calls", "1"]
         code = cuda_device.main([*arguments, *small, "--json", str(path)])
         return code, [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -40,14 +41,24 @@ def test_values_and_tiles(lines, monkeypatch):
     monkeypatch.setattr(cuda_device, "TILES", tiles)
     stages = ("smoke", "values", "times", "sweep")
     code, (environment, gpu, smoke, *values) = lines(*stages)
-    *values, times, forward, backward = values
+    *values, times, first, last, forward = values
     assert code == 0 and "device" in environment and gpu["gpu"]["capability"] == 90
-    assert smoke["shape"] == "9x48" and len(values) == 4
+    assert smoke["shape"] == "9x48" and len(values) == 8
+    assert sum("round_before_scale" in line for line in values) == 4
     assert all(line["right"] and line["same bits"] for line in (smoke, *values))
-    assert [line["program"] for line in (forward, backward)] == ["forward", "backward"]
-    assert all(line["wall ms"] > 0 for line in (forward, backward))
+    swept = [(line["program"], line["fetch first"]) for line in (first, last, forward)]
+    assert swept == [("backward", True), ("backward", False), ("forward", False)]
+    assert all(line["wall ms"] > 0 for line in (first, last, forward))
     results = json.loads(pathlib.Path(times["written"]).read_text())["results"]
     assert {row["norm"] for row in results} == {"cuda", "copy"}
+
+
+def test_every_table_is_a_command():
+    for table in cuda_device.TABLES.values():
+        words = [w for key, given in table.items() for w in (f"--{key}", *given)]
+        options = run.parser().parse_args(words)
+        norms = {*options.norms} - {*torch_gpu.NORMS, "copy"}
+        assert norms <= {*(peers.RMS_NORMS if options.rms else peers.NORMS)}
 
 
 def test_it_stops_in_time(lines):

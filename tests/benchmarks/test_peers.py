@@ -41,6 +41,26 @@ def test_every_norm_is_layer_norm(name):
         np.testing.assert_allclose(value, other, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", peers.RMS_NORMS)
+def test_every_rms_norm_is_one(name):
+    reason = peers.unavailable(name)
+    if reason is not None:
+        pytest.skip(reason)
+    params, x, dy = errors.inputs(SHAPE, 0.0, jnp.dtype("float32"), 0)
+    scale = params["scale"]
+    peer = peers.RMS_NORMS[name]
+    y, dx, dscale = jax.jit(programs.forward_backward(peer.norm))(
+        {"scale": scale}, x, dy
+    )
+    right = oracle.norm(x, scale, dy=dy, center=False, epsilon=peers.EPSILON)
+    for actual, value in ((y, right.y), (dx, right.dx), (dscale, right.dscale)):
+        np.testing.assert_allclose(actual, value, rtol=0, atol=2e-5)
+    added, residual_out = jax.jit(peer.add)({"scale": scale}, x, dy)
+    np.testing.assert_array_equal(residual_out, np.add(dy, x))
+    right = oracle.norm(residual_out, scale, center=False, epsilon=peers.EPSILON)
+    np.testing.assert_allclose(added, right.y, rtol=0, atol=2e-5)
+
+
 @pytest.mark.parametrize("name", [n for n in peers.NORMS if n != "torch"])
 def test_every_norm_has_its_residual_sum(name):
     reason = peers.unavailable(name)

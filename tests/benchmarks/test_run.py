@@ -68,3 +68,15 @@ def test_it_runs_every_program_here(tmp_path, capsys):
     (joint,) = (r for r in results if (r["program"], r["norm"]) == ("joint", "ours"))
     assert joint["error of y"] < 4
     assert joint["floor arrays"] == 5
+
+
+def test_it_runs_rms_norms_and_residual_sums(tmp_path):
+    path = tmp_path / "run.json"
+    small = ["--shapes", "8x128", "--dtypes", "float32", "--calls", "2", "--rms"]
+    programs = ("backward", "joint", "block", *run.MORE_PROGRAMS)
+    norms = ["--norms", "ours", "flax", "plain", "--programs", *programs]
+    run.main([*small, *norms, "--json", str(path)])
+    results = json.loads(path.read_text())["results"]
+    ran = [(r["program"], r["norm"]) for r in results]
+    assert ran == [(p, n) for p in programs for n in ("ours rms", "flax rms")]
+    assert all(r["wall ms"] > 0 for r in results)
