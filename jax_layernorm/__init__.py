@@ -11,8 +11,15 @@ from jax_layernorm._results import Statistics as Statistics
 __version__ = "0.1.0"
 
 
+_ON_FIRST_USE = ("linen", "nnx", "convert")  # because some need flax
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ON_FIRST_USE})
+
+
 def __getattr__(name: str) -> object:
-    if name in ("linen", "nnx", "convert"):  # on first use, because some need flax
+    if name in _ON_FIRST_USE:
         import importlib
 
         return importlib.import_module(f"jax_layernorm.{name}")

@@ -61,15 +61,15 @@ def _as_array(name: str, value: Any) -> Any:
     if hasattr(value, "__jax_array__"):  # a flax.nnx Variable, say
         return value.__jax_array__()
     kind = type(value)
+    received = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
     fix = f"Convert it first, with jnp.asarray({name})."
     if kind.__module__.partition(".")[0] == "torch":
         fix = f"Convert it first, with jnp.asarray({name}.detach().numpy())."
     elif hasattr(value, "unbox"):  # Flax's boxes of sharding metadata
         fix = "Unbox all of them first, with flax.linen.meta.unbox(params)."
-    raise TypeError(
-        f"{name} must be a JAX or NumPy array; got"
-        f" {kind.__module__}.{kind.__qualname__}. {fix}"
-    )
+    elif isinstance(value, Mapping):
+        fix = "Did you swap it with params, which come first?"
+    raise TypeError(f"{name} must be a JAX or NumPy array; got {received}. {fix}")
 
 
 def check_x(x: Any) -> Array:
@@ -126,10 +126,12 @@ def check_axis(axis: Any, ndim: int) -> tuple[int, ...]:
 
 def check_params(params: Any, x: Array, axes: tuple[int, ...]) -> CheckedParams:
     if not isinstance(params, Mapping):
+        fix = "Pass {'scale': ..., 'bias': ...}, or {} for none."
+        if hasattr(params, "iter_children"):  # a flax.nnx module
+            fix = "Pass flax.nnx.state(module)."
         raise TypeError(
             "params must be a mapping with optional 'scale' and 'bias'; got"
-            f" {type(params).__name__}. Pass {{'scale': ..., 'bias': ...}}, or {{}} for"
-            " none."
+            f" {type(params).__name__}. {fix}"
         )
     unknown = [key for key in params if key not in ("scale", "bias")]
     if unknown:
@@ -199,9 +201,17 @@ def check_mask(mask: Any, x: Array) -> Array | None:
             f" {mask.dtype}. Convert it first, as with mask != 0."
         )
     if not _broadcasts(mask.shape, x.shape):
+        fix = (
+            "Give it an axis of length 1 where it does not vary, as with mask[:, None]."
+        )
+        if mask.ndim > x.ndim:
+            fix = "It has more axes than x."
+        elif mask.shape == x.shape[: mask.ndim]:
+            new = ", None" * (x.ndim - mask.ndim)
+            fix = f"If it has the first axes of x, pass mask[...{new}]."
         raise ValueError(
             f"mask must broadcast against x of shape {x.shape}; got shape {mask.shape}."
-            " Give it an axis of length 1 where it does not vary, as with mask[:, None]."
+            f" {fix}"
         )
     return mask
 

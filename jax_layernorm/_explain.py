@@ -27,6 +27,7 @@ class Choice(NamedTuple):
 
     Attributes:
       implementation: the name of the implementation that runs, forward and backward.
+        "xla and cuda", say, if parts of the program differ, for example the two passes.
         None if the named implementation cannot run; the call then raises.
       reasons: for each of the other implementations, why it does not run.
     """

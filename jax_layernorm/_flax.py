@@ -27,12 +27,14 @@ class Report:
       replaced: the norms that this package computes, as path: name of the class.
       left: the norms, or calls of norms, that stay as they are, as path: reason. Modules
         of other classes are listed if they look like a norm: by their names, or by a
-        vector called scale, weight or gamma and no submodules.
+        vector called scale, weight or gamma and no submodules. Others are not found.
     """
 
     replaced: dict[str, str] = dataclasses.field(default_factory=dict)
     left: dict[str, str] = dataclasses.field(default_factory=dict)
-    _none: str = dataclasses.field(default="no norms", repr=False, compare=False)
+    _none: str = dataclasses.field(
+        default="no norms recognized", repr=False, compare=False
+    )
 
     def __str__(self) -> str:
         """One line for each norm."""
@@ -68,7 +70,7 @@ def apply_norm(
     x = jnp.asarray(x)
     axis, params = _aligned(params, x, reduction_axes, feature_axes)
     if mask is not None:
-        mask = jnp.asarray(mask).astype(bool)  # Flax takes integers too
+        mask = _as_mask(mask, x)
     # An integer x gives float32 here.
     dtype = jnp.dtype(canonicalize_dtype(x, *params.values(), dtype=dtype))
     x = _as_floating(x)
@@ -183,9 +185,25 @@ def _as_tuple(axes: Axes) -> tuple[int, ...]:
     return tuple(axes) if isinstance(axes, Iterable) else (axes,)
 
 
+def _as_mask(mask: ArrayLike, x: Array) -> Array:
+    """A mask of numbers as booleans, as Flax takes it; TypeError if it may be a residual."""
+    mask = jnp.asarray(mask)
+    if mask.shape == x.shape and not (mask.dtype == bool or _is_integer(mask)):
+        raise TypeError(
+            "mask must hold booleans or integers if it has the shape of x; got"
+            f" {mask.dtype}. Write residual=... for an array to add, and mask != 0 for a"
+            " mask of floats."
+        )
+    return mask.astype(bool)
+
+
+def _is_integer(x: Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.integer)
+
+
 def _as_floating(x: Any) -> Any:
     """An integer or boolean `x` as float32, as Flax does."""
-    if jnp.issubdtype(x.dtype, jnp.integer) or x.dtype == jnp.bool_:
+    if _is_integer(x) or x.dtype == jnp.bool_:
         return x.astype(jnp.float32)
     return x
 

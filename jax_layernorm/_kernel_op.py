@@ -153,7 +153,13 @@ class KernelOp:
         return self._traced(tuple(avals), treedef, static, mesh)
 
     def _compile(self, treedef: Any, static: Any) -> Callable[..., Any]:
-        bind = functools.partial(self._primitive.bind, treedef=treedef, static=static)
+        def bind(*leaves: Any) -> Any:
+            return self._primitive.bind(*leaves, treedef=treedef, static=static)
+
+        bind.__name__ = bind.__qualname__ = self.name
+        # As JAX marks its own primitives: so `jax_debug_nans` names this op, and does not
+        # look for the NaN by calling it again without jit, which would compile it again.
+        bind._apply_primitive = True  # type: ignore[attr-defined]
         return jax.jit(bind)
 
     def _evaluate(self, *leaves: Any, treedef: Any, static: Any) -> Any:

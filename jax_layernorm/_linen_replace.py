@@ -139,15 +139,16 @@ class _Open(threading.local):
 
     def saw_a_module(self) -> None:
         for block in self.blocks:
-            block.report._none = "no norms"
+            block.report._none = "no norms recognized"
 
 
 _open = _Open()
 _in_the_keys_of_caches = jax.make_user_context(None)
 _FLAXS_CALLS = {inspect.unwrap(kind.__call__) for kind in (nn.LayerNorm, nn.RMSNorm)}
 _NOTHING_CALLED = (
-    "no norms, because no linen module was traced in the block; for a flax.nnx model there"
-    " is jax_layernorm.nnx.replace(model)"
+    "no norms, because no linen module was traced in the block (a function that an earlier"
+    " block compiled is not traced again); for a flax.nnx model there is"
+    " jax_layernorm.nnx.replace(model)"
 )
 
 

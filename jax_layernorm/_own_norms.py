@@ -22,7 +22,9 @@ ITS_OWN_CLASS = (
     "its own class; pass also={{{name}: compute}} to replace(), where compute(norm, x)"
     " calls rms_norm or layer_norm"
 )
-_NORM = re.compile("(^n|N|_n)orm(alization|s)?([^a-z]|$)|NORM")
+_NORM = re.compile(
+    "(^n|N|_n)orm(alization|s)?([^a-z]|$)|NORM|norm$|(^|[a-z_])(LN|RMS)$"
+)
 _OTHER_NORM = re.compile("(batch|group|instance|weight|spectral)_?norm", re.IGNORECASE)
 _SCALES = ("scale", "weight", "gamma")
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import linen
+from flax import linen, nnx
 
 import jax_layernorm as jln
 
@@ -25,10 +25,11 @@ Foreign.__module__, Foreign.__qualname__ = "torch", "Tensor"
 # Each row: what is wrong, the call's arguments, the error, and what its message says.
 BAD_X = [
     ("a list", [1.0, 2.0], TypeError, "jnp.asarray(x)"),
-    ("a number", 1.0, TypeError, "got builtins.float"),
-    ("a string", "x", TypeError, "got builtins.str"),
+    ("a number", 1.0, TypeError, "got float"),
+    ("a string", "x", TypeError, "got str"),
     ("None", None, TypeError, "must be a JAX or NumPy array"),
     ("a torch tensor", Foreign(), TypeError, "x.detach().numpy()"),
+    ("params", {"scale": jnp.ones(8)}, TypeError, "got dict. Did you swap"),
     ("a masked array", np.ma.ones((2, 8)), TypeError, "mask"),
     (
         "the other byte order",
@@ -49,6 +50,7 @@ BAD_PARAMS = [
     ("None", None, TypeError, "must be a mapping"),
     ("a tuple", (jnp.ones(8), jnp.zeros(8)), TypeError, "got tuple"),
     ("an array", jnp.ones(8), TypeError, "must be a mapping"),
+    ("a module", nnx.LayerNorm(8, rngs=nnx.Rngs(0)), TypeError, "nnx.state(module)"),
     ("an unknown key", {"gain": jnp.ones(8)}, ValueError, "got ['gain']"),
     ("torch's key", {"weight": jnp.ones(8)}, ValueError, "is called scale here"),
     ("variables", {"params": {}}, ValueError, "variables['params']"),
@@ -64,7 +66,7 @@ BAD_PARAMS = [
     ("float8", {"bias": jnp.ones(8, F8.dtype)}, TypeError, "got dtype float8"),
     ("complex", {"bias": jnp.ones(8, complex)}, TypeError, "got dtype complex64"),
     ("a list", {"scale": [1.0] * 8}, TypeError, "jnp.asarray(params['scale'])"),
-    ("a number", {"scale": 1.0}, TypeError, "got builtins.float"),
+    ("a number", {"scale": 1.0}, TypeError, "got float"),
     ("boxed", {"scale": BOXED}, TypeError, "flax.linen.meta.unbox(params)"),
 ]
 BAD_OPTIONS = [
@@ -103,11 +105,13 @@ BAD_OPTIONS = [
     ({"mask": jnp.ones(8)}, TypeError, "mask must be an array of booleans"),
     ({"mask": np.ones(8, int)}, TypeError, "as with mask != 0"),
     ({"mask": [True] * 8}, TypeError, "mask must be a JAX or NumPy array; got"),
-    ({"mask": True}, TypeError, "got builtins.bool"),
+    ({"mask": True}, TypeError, "got bool"),
     ({"mask": jnp.ones(7, bool)}, ValueError, "got shape (7,)"),
     ({"mask": jnp.ones((3, 3, 8), bool)}, ValueError, "x of shape (2, 3, 8)"),
-    ({"mask": jnp.ones((2, 3), bool)}, ValueError, "as with mask[:, None]"),
-    ({"mask": jnp.ones((1, 2, 3, 8), bool)}, ValueError, "got shape (1, 2, 3, 8)"),
+    ({"mask": jnp.ones((2, 3), bool)}, ValueError, "pass mask[..., None]"),
+    ({"mask": jnp.ones(2, bool)}, ValueError, "pass mask[..., None, None]"),
+    ({"mask": jnp.ones((2, 8), bool)}, ValueError, "as with mask[:, None]"),
+    ({"mask": jnp.ones((1, 2, 3, 8), bool)}, ValueError, "more axes than x"),
     ({"axis_name": "i"}, ValueError, "mapped around the call; got 'i'"),
     ({"axis_name": ("i", "j")}, ValueError, "mapped around the call; got 'i'"),
     ({"axis_name": ()}, ValueError, "at least one axis, and each once; got ()"),
@@ -127,7 +131,7 @@ BAD_OPTIONS = [
 ]
 BAD_RESIDUALS = [
     ("None", None, TypeError, "residual must be a JAX or NumPy array"),
-    ("a number", 0.0, TypeError, "got builtins.float"),
+    ("a number", 0.0, TypeError, "got float"),
     ("integers", jnp.ones((2, 3, 8), int), TypeError, "residual must be an array"),
     ("one row", jnp.ones(8), ValueError, "the shape of x, (2, 3, 8); got (8,)"),
     ("a broadcast batch", jnp.ones((1, 3, 8)), ValueError, "jnp.broadcast_to"),

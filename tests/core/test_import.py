@@ -50,6 +50,10 @@ print(jln.rms_norm({}, x).shape, jln.add_rms_norm({}, x, x)[1])
     assert printed == "[1. 1. 1. 1.]\n(4,) [0. 2. 4. 6.]\n"
 
 
+def test_dir_has_what_loads_on_first_use():
+    assert {*PUBLIC, "convert", "explain", "linen", "nnx"} <= {*dir(jln)}
+
+
 @pytest.mark.parametrize("name", ["linen", "nnx"])
 def test_modules_without_flax_are_an_import_error_that_names_it(name):
     printed = run(

@@ -168,6 +168,16 @@ def test_linen_params_of_three_feature_axes_are_in_their_order(features):
     assert_agree(y, jln.layer_norm({"scale": in_the_order_of_x}, x, axis=(1, 2, 3)))
 
 
+@for_all
+def test_a_residual_in_the_place_of_the_mask_is_refused(api, name):
+    x, params = draw(0, *SHAPE), draw_params(name)
+    ours, _ = as_functions(api, name)
+    with pytest.raises(TypeError, match=r"got float32. Write residual=\.\.\."):
+        ours(params, x, mask=x)
+    some = jnp.ones((*SHAPE[:-1], 1))  # as models pass masks of floats
+    assert_agree(ours(params, x, mask=some), ours(params, x))
+
+
 @pytest.mark.parametrize("kind", (bool, np.int32), ids=("booleans", "integers"))
 @for_all
 def test_where_the_mask_is_true_values_are_flaxs_and_elsewhere_0(api, name, kind):

@@ -309,4 +309,4 @@ def test_an_empty_report_names_the_other_function_if_no_linen_module_was_called(
     assert "jax_layernorm.nnx.replace(model)" in str(report)
     with jln.linen.replace() as report:
         nn.Dense(2).init(jax.random.key(0), X)
-    assert str(report) == "no norms"
+    assert str(report) == "no norms recognized"

@@ -97,6 +97,8 @@ def test_no_subclass_of_a_norm_need_take_options_or_exist():
         *[(n, False) for n in ("Normal", "Normalizer", "NormalizingFlow", "Enormous")],
         *[(n, False) for n in ("BatchNorm1", "MyGroupNorm", "Abnormal")],
         *[(n, True) for n in ("RMSNormGated", "LayerNormalization")],
+        *[(n, True) for n in ("Rmsnorm", "Prenorm", "LN", "AdaLN", "RMS")],
+        *[(n, False) for n in ("MLN", "RMSProp", "VLNet")],
     ],
 )
 def test_names_that_look_like_a_norm(name, listed):

@@ -195,6 +195,20 @@ def test_every_transformation_gives_the_values_of_plain_jax_numpy(name, variant)
                 transformed()
 
 
+@pytest.mark.parametrize("implementation", (None, "xla"))
+@pytest.mark.parametrize("jit", (jax.jit, lambda f: f), ids=("jitted", "eager"))
+def test_debug_nans_names_the_pass_that_makes_a_nan(jit, implementation):
+    """0 / 0 forward, because the rows are constant, and inf - inf backward."""
+    options = {"epsilon": 0.0, "implementation": implementation}
+    norm = functools.partial(jln.layer_norm, {}, **options)
+    backward = jit(lambda x, dy: jax.vjp(norm, x)[1](dy))
+    with jax.debug_nans(True):
+        with pytest.raises(FloatingPointError, match="layer_norm_forward"):
+            jit(norm)(jnp.ones((3, 8)))
+        with pytest.raises(FloatingPointError, match="layer_norm_backward"):
+            backward(jnp.array([[1.0, 2.0]]), jnp.array([[jnp.inf, 1.0]]))
+
+
 @pytest.mark.parametrize("name", OP_BY_OP)
 def test_it_gives_the_same_op_by_op(name):
     norm = functools.partial(layer_norm, custom_vjp=name not in FORWARD_MODE)
