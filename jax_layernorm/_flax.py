@@ -186,7 +186,7 @@ def _as_tuple(axes: Axes) -> tuple[int, ...]:
 
 
 def _as_mask(mask: ArrayLike, x: Array) -> Array:
-    """A mask of numbers as booleans, as Flax takes it; TypeError if it may be a residual."""
+    """A mask of numbers as booleans, as in Flax; TypeError if it may be a residual."""
     mask = jnp.asarray(mask)
     if mask.shape == x.shape and not (mask.dtype == bool or _is_integer(mask)):
         raise TypeError(

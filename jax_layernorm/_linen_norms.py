@@ -24,11 +24,12 @@ class LayerNorm(nn.LayerNorm):
     It takes the arguments of `flax.linen.LayerNorm`, keeps the same parameters under
     the same names, and returns the same dtype.
 
-    A few details differ. `use_fast_variance` and `force_float32_reductions` change no
-    number, because statistics are always in float32 or wider, by a formula that is
-    right even where the fast formula is not. `axis_index_groups` raises. Elements that
-    `mask` leaves out are 0 in the output, while Flax normalizes them too. The
-    parameters' axes are in the order of `feature_axes`, while Flax sorts them.
+    A few details differ. `use_fast_variance` changes no number, because statistics are
+    always in float32 or wider, by a formula that is right even where the fast formula
+    is not. `force_float32_reductions=False` only rounds the parameters to
+    `param_dtype`, as in Flax. `axis_index_groups` raises. Elements that `mask` leaves
+    out are 0 in the output, while Flax normalizes them too. The parameters' axes are in
+    the order of `feature_axes`, while Flax sorts them.
 
     Attributes:
       scale_offset: added to `scale` in float32.
