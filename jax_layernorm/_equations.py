@@ -498,11 +498,14 @@ def promoted_dtype(*dtypes: jnp.dtype) -> jnp.dtype:
 
 
 class Rounding(NamedTuple):
-    """The dtypes to which the results after `x_hat` are rounded; None if they are not."""
+    """The dtypes to which `x_hat` and the results after it are rounded.
 
-    x_hat: jnp.dtype | None
-    product: jnp.dtype | None
-    sum: jnp.dtype | None
+    A dtype that is as wide as that of the arithmetic leaves a result as it is.
+    """
+
+    x_hat: jnp.dtype
+    product: jnp.dtype
+    sum: jnp.dtype
 
 
 def rounding(
@@ -511,17 +514,21 @@ def rounding(
     bias: Float[Array, ...] | None,
     spec: NormSpec,
 ) -> Rounding:
-    """Where `round_before_scale` rounds; `dtype` is that of what is normalized."""
+    """Where `round_before_scale` rounds; no kernel decides it again.
+
+    `dtype` is that of what is normalized.
+    """
     if not spec.round_before_scale:
-        return Rounding(None, None, None)
+        compute = compute_dtype(dtype)
+        return Rounding(compute, compute, compute)
     product = dtype if scale is None else promoted_dtype(dtype, scale.dtype)
     summed = product if bias is None else promoted_dtype(product, bias.dtype)
     return Rounding(dtype, product, summed)
 
 
-def _rounded(x: Float[Array, "*shape"], dtype: jnp.dtype | None) -> Array:
+def _rounded(x: Float[Array, "*shape"], dtype: jnp.dtype) -> Array:
     """`x`, rounded to `dtype`, in its own dtype; XLA may drop a cast there and back."""
-    if dtype is None or jnp.finfo(dtype).bits >= jnp.finfo(x.dtype).bits:
+    if jnp.finfo(dtype).bits >= jnp.finfo(x.dtype).bits:
         return x
     info = jnp.finfo(dtype)
     rounded = lax.reduce_precision(x, info.nexp, info.nmant)

@@ -121,6 +121,7 @@ def kernel_of(direction, features, dtype, gpu, *, adds, rounds=False):
     has = {"CENTER": True, "ROUND": rounds, "HAS_SCALE": True, "SCALE_OFFSET": 0.0}
     if direction == "forward":
         arrays |= {"RESIDUAL": dtype, "RESIDUAL_OUT": dtype, "BIAS": f32, "Y": dtype}
+        arrays |= {"PRODUCT": f32, "SUM": f32}
         has |= {"HAS_RESIDUAL": adds, "HAS_BIAS": True, "HAS_STATISTICS": True}
         has |= {"EPSILON": 1e-6}
     else:

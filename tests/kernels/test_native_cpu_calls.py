@@ -49,6 +49,8 @@ CALLS = {
         {
             "center": True,
             "round_before_scale": False,
+            "round_product": False,
+            "round_sum": False,
             "has_residual": True,
             "has_scale": True,
             "has_bias": True,

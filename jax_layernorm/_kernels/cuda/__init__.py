@@ -33,6 +33,7 @@ from jax_layernorm._equations import (
 )
 from jax_layernorm._kernel_op import Problem
 from jax_layernorm._kernels import _library, _rows
+from jax_layernorm._kernels._rows import reshaped
 from jax_layernorm._kernels.cuda import _compile, _tiles
 
 platforms = ("cuda",)
@@ -98,10 +99,12 @@ def forward(problem: Problem) -> Callable[..., ForwardOutputs]:
         del mask
         scale, bias = _parameter(scale), _parameter(bias)
         sum_dtype = _rows.sum_dtype(x, residual)
+        rounded_to = _equations.rounding(sum_dtype, scale, bias, spec)
         macros = _macros(
             "FORWARD", rows.features, tile,
             {"X": x, "RESIDUAL": residual, "RESIDUAL_OUT": sum_dtype, "SCALE": scale}
-            | {"BIAS": bias, "Y": spec.dtype},
+            | {"BIAS": bias, "Y": spec.dtype}
+            | {"PRODUCT": rounded_to.product, "SUM": rounded_to.sum},
             CENTER=spec.center, ROUND=spec.round_before_scale,
             HAS_RESIDUAL=residual is not None,
             HAS_SCALE=scale is not None, HAS_BIAS=bias is not None,
@@ -116,9 +119,9 @@ def forward(problem: Problem) -> Callable[..., ForwardOutputs]:
             results |= dict.fromkeys(names, jax.ShapeDtypeStruct(per_row, jnp.float32))
         operands = {
             "x": x.reshape(matrix),
-            "residual": _reshaped(residual, matrix),
-            "scale": _reshaped(scale, (-1,)),
-            "bias": _reshaped(bias, (-1,)),
+            "residual": reshaped(residual, matrix),
+            "scale": reshaped(scale, (-1,)),
+            "bias": reshaped(bias, (-1,)),
         }
         launch = Launch("norm_forward", macros, tile, rows.rows)
         out = call(launch, operands, results)
@@ -126,9 +129,9 @@ def forward(problem: Problem) -> Callable[..., ForwardOutputs]:
         if with_statistics:
             kept = _rows.statistics_shape(x, spec.axes)
             statistics = RowStatistics(
-                *(_reshaped(out.get(name), kept) for name in RowStatistics._fields)
+                *(reshaped(out.get(name), kept) for name in RowStatistics._fields)
             )
-        residual_out = _reshaped(out.get("residual_out"), x.shape)
+        residual_out = reshaped(out.get("residual_out"), x.shape)
         return ForwardOutputs(out["y"].reshape(x.shape), residual_out, statistics)
 
     return run
@@ -174,23 +177,23 @@ def backward(problem: Problem) -> Callable[..., BackwardOutputs]:
             results["parts"] = jax.ShapeDtypeStruct(parts, jnp.float32)
         operands = {
             "x": x.reshape(matrix),
-            "scale": _reshaped(scale, (-1,)),
+            "scale": reshaped(scale, (-1,)),
             **{
-                name: _reshaped(statistic, per_row)
+                name: reshaped(statistic, per_row)
                 for name, statistic in statistics._asdict().items()
             },
             "dy": dy.reshape(matrix),
-            "dresidual_out": _reshaped(dresidual_out, matrix),
-            "dmean": _reshaped(dmean, per_row),
-            "drstd": _reshaped(drstd, per_row),
+            "dresidual_out": reshaped(dresidual_out, matrix),
+            "dmean": reshaped(dmean, per_row),
+            "drstd": reshaped(drstd, per_row),
         }
         out = call(Launch("norm_backward", macros, tile, rows.rows), operands, results)
         if sums:
             out |= _sum_parts(out["parts"], sums, wanted)
         return BackwardOutputs(
-            _reshaped(out.get("dx"), x.shape),
-            _reshaped(out.get("dscale"), scale_shape),
-            _reshaped(out.get("dbias"), bias_shape),
+            reshaped(out.get("dx"), x.shape),
+            reshaped(out.get("dscale"), scale_shape),
+            reshaped(out.get("dbias"), bias_shape),
         )
 
     return run
@@ -254,14 +257,9 @@ def call(
 
 def _supported(problem: Problem) -> tuple[_rows.Rows, _tiles.Tile]:
     """The problem as rows, and how they are cut; raises if the kernels cannot run it."""
-    if problem.exported:
-        raise NotImplementedError(
-            "the program is exported, and a program must not call a native library, which"
-            " jax.export allows only with DisabledSafetyCheck.custom_call"
-        )
+    _rows.refuse_exported(problem)
     rows = _rows.as_rows(problem)
-    if any(groups not in (None, 1) for groups in rows[2:]):
-        raise NotImplementedError("some rows have separate parameters")
+    _rows.refuse_separate_parameters(rows)
     read, written = _whole_arrays(problem)
     for name, dtype in (read | written).items():
         if dtype.name not in TYPES:
@@ -342,7 +340,3 @@ def _parameter(array: Any) -> Any:
     if array is None or array.dtype.name in TYPES:
         return array
     return array.astype(jnp.float32)
-
-
-def _reshaped(array: Any, shape: Any) -> Any:
-    return None if array is None else array.reshape(shape)

@@ -108,7 +108,7 @@ DEVICE void expect(Arrivals& arrivals, int bytes) {
 }
 
 // Stores two floats at the address that `p` has in the memory of another block, and counts
-// them there. Other than cluster_barrier, it does not wait for what the thread has stored
+// them there. Unlike cluster_barrier, it does not wait for what the thread has stored
 // before, which takes as long as the way to the memory of the GPU and back.
 DEVICE void send(float* p, Arrivals& arrivals, int block, float a, float b) {
   asm volatile("{\n\t.reg .b32 to, counted;\n\t"

@@ -8,6 +8,8 @@
 //   JLN_HAS_RESIDUAL, ...: 0 or 1, whether there is that array
 //   JLN_CENTER: 1 for layer norm, 0 for RMS norm
 //   JLN_ROUND: 1 for round_before_scale
+//   JLN_PRODUCT, JLN_SUM: the types to which it rounds x_hat * gamma, and the sum of that
+//     and the bias
 //   JLN_FETCH_FIRST: see FETCH_FIRST in _tiles.py
 //   JLN_EPSILON, JLN_SCALE_OFFSET: floats
 //
@@ -44,9 +46,8 @@ using Residual = JLN_RESIDUAL;
 using ResidualOut = JLN_RESIDUAL_OUT;
 using Bias = JLN_BIAS;
 using Y = JLN_Y;
-// With JLN_ROUND, a result is rounded to a narrow type if all that it comes from has it.
-constexpr bool kRoundProduct = kRound && (!kHasScale || kSame<Scale, ResidualOut>);
-constexpr bool kRoundSum = kRoundProduct && (!kHasBias || kSame<Bias, ResidualOut>);
+using Product = JLN_PRODUCT;
+using Sum = JLN_SUM;
 
 struct Shared {
   alignas(16) WarpSums sums;
@@ -139,10 +140,8 @@ NORM_KERNEL norm_forward(const X* x, const Residual* residual, const Scale* scal
         float value = (c[v][i] - low) * r;
         if constexpr (kRound) {
           value = rounded<ResidualOut>(value);
-          if constexpr (kHasScale) value *= gamma[v][i];
-          if constexpr (kRoundProduct) value = rounded<ResidualOut>(value);
-          if constexpr (kHasBias) value += beta[v][i];
-          if constexpr (kRoundSum) value = rounded<ResidualOut>(value);
+          if constexpr (kHasScale) value = rounded<Product>(value * gamma[v][i]);
+          if constexpr (kHasBias) value = rounded<Sum>(value + beta[v][i]);
         } else if constexpr (kHasScale && kHasBias) {
           value = multiply_add(value, gamma[v][i], beta[v][i]);
         } else if constexpr (kHasScale) {

@@ -26,9 +26,6 @@ constexpr int kWarps = kThreads / 32;  // of a part; 0 if several rows share a w
 constexpr float kInvN = 1.0f / kFeatures;
 constexpr bool kRound = JLN_ROUND;
 
-template <class A, class B> constexpr bool kSame = false;
-template <class A> constexpr bool kSame<A, A> = true;
-
 static_assert(kFeatures % kCluster == 0 && kPart % kVector == 0, "vectors lie in a part");
 static_assert(kWarps ? kThreads % 32 == 0 : 32 % kThreads == 0 && kBlock % 32 == 0,
               "a row has whole warps, or a warp whole rows");
@@ -153,7 +150,7 @@ DEVICE void sum_lanes(Two& x, int lanes) {
 }
 
 // Two sums over a row. All threads of the row get the same sums, in an order that only
-// kThreads and kCluster decide. `turn` counts the calls, and after kLastTurn begins at 0 again.
+// kThreads and kCluster decide. `turn` counts the calls, modulo 4 or, without a cluster, 2.
 //
 // A set of sums is free again at the call after next: in the call between, a thread waits
 // for all warps of the row, and each of them has read the set before it takes part in that

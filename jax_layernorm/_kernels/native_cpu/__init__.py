@@ -55,6 +55,7 @@ def forward(problem: Problem) -> Callable[..., ForwardOutputs]:
         del mask
         normalized = _rows.sum_dtype(x, residual)
         compute = _equations.compute_dtype(normalized)
+        rounded_to = _equations.rounding(normalized, scale, bias, spec)
         numbers = with_statistics * (3 if spec.center else 1)
         results = [
             jax.ShapeDtypeStruct(matrix, spec.dtype),
@@ -75,6 +76,8 @@ def forward(problem: Problem) -> Callable[..., ForwardOutputs]:
             with_statistics=with_statistics,
             center=spec.center,
             round_before_scale=spec.round_before_scale,
+            round_product=rounded_to.product == normalized,
+            round_sum=rounded_to.sum == normalized,
             epsilon=np.float64(spec.epsilon),
             scale_offset=np.float64(_equations.scale_offset(scale, spec)),
         )
@@ -156,11 +159,7 @@ def backward(problem: Problem) -> Callable[..., BackwardOutputs]:
 
 def _supported_rows(problem: Problem) -> _rows.Rows:
     """The problem as rows; raises if the kernel cannot run it."""
-    if problem.exported:
-        raise NotImplementedError(
-            "the program is exported, and a program must not call a native library, which"
-            " jax.export allows only with DisabledSafetyCheck.custom_call"
-        )
+    _rows.refuse_exported(problem)
     rows = _rows.as_rows(problem)
     reason = _library.not_loaded()
     if reason is not None:

@@ -22,7 +22,8 @@ namespace {
 
 // XLA fills the fields in the order in which their names are registered below.
 struct ForwardAttributes {
-  bool center, round_before_scale, has_residual, has_scale, has_bias, with_statistics;
+  bool center, round_before_scale, round_product, round_sum;
+  bool has_residual, has_scale, has_bias, with_statistics;
   double epsilon, scale_offset;
 };
 
@@ -37,7 +38,8 @@ struct BackwardAttributes {
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
     jax_layernorm::ForwardAttributes, StructMember<bool>("center"),
-    StructMember<bool>("round_before_scale"), StructMember<bool>("has_residual"),
+    StructMember<bool>("round_before_scale"), StructMember<bool>("round_product"),
+    StructMember<bool>("round_sum"), StructMember<bool>("has_residual"),
     StructMember<bool>("has_scale"), StructMember<bool>("has_bias"),
     StructMember<bool>("with_statistics"),
     StructMember<double>("epsilon"), StructMember<double>("scale_offset"));
@@ -105,6 +107,8 @@ ffi::Error forward(ffi::ThreadPool threads, ForwardAttributes attributes,
   ForwardProblem p{};
   p.center = attributes.center;
   p.round_before_scale = attributes.round_before_scale;
+  p.round_product = attributes.round_product;
+  p.round_sum = attributes.round_sum;
   p.rows = reader.rows();
   p.features = reader.features();
   p.epsilon = attributes.epsilon;
@@ -194,6 +198,8 @@ JLN_PUBLIC XLA_FFI_Error* jax_layernorm_forward(XLA_FFI_CallFrame*);
 JLN_PUBLIC XLA_FFI_Error* jax_layernorm_backward(XLA_FFI_CallFrame*);
 // The FFI version of the headers used here. A jaxlib needs this version or a newer one.
 JLN_PUBLIC const int jax_layernorm_ffi_api_version[2];
+// The digest of the sources of all handlers, by which _library.py knows an old library.
+JLN_PUBLIC const char jax_layernorm_handlers[65];
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_layernorm_forward, jax_layernorm::forward,
                               xla::ffi::Ffi::Bind()
@@ -210,3 +216,4 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_layernorm_backward, jax_layernorm::backward,
                                   .RemainingRets());
 
 const int jax_layernorm_ffi_api_version[2] = {XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR};
+const char jax_layernorm_handlers[65] = JLN_HANDLERS;

@@ -30,8 +30,6 @@ T* advance(T* data, Dtype dtype, int64_t elements) {
   return static_cast<Byte*>(data) + elements * kBytesOf[dtype];
 }
 
-bool is_half(Dtype dtype) { return dtype == kBFloat16 || dtype == kFloat16; }
-
 int64_t helpers_for(int64_t elements) { return elements / kElementsForAThread - 1; }
 
 // A parameter plus `offset` (scale_offset for scale, 0 for bias), in the dtype of the
@@ -151,13 +149,6 @@ bool run(const ForwardProblem& p, const RowKernels& kernels, Pool& pool) try {
   const auto add = kernels.add[p.x.dtype][p.residual.dtype];
   const int64_t most = adds ? std::max<int64_t>(1, kAddedElements / p.features) : p.rows;
   const int64_t chunk_rows = std::max<int64_t>(1, kChunkElements / p.features);
-  // A result is rounded to a half-precision dtype if all that it comes from has that dtype.
-  const auto has_dtype = [&](const In& in) {
-    return in.data == nullptr || in.dtype == normalized;
-  };
-  const bool round_x_hat = p.round_before_scale && is_half(normalized);
-  const bool round_product = round_x_hat && has_dtype(p.scale);
-  const bool round_sum = round_product && has_dtype(p.bias);
 
   const auto body = [&](int64_t chunk, Scratch& scratch) {
     const int64_t end = std::min(p.rows, (chunk + 1) * chunk_rows);
@@ -181,9 +172,9 @@ bool run(const ForwardProblem& p, const RowKernels& kernels, Pool& pool) try {
       a.mean = advance(p.mean.data, compute, row);
       a.mean_low = advance(p.mean_low.data, compute, row);
       a.rstd = advance(p.rstd.data, compute, row);
-      a.round_x_hat = round_x_hat;
-      a.round_product = round_product;
-      a.round_sum = round_sum;
+      a.round_x_hat = p.round_before_scale;
+      a.round_product = p.round_product;
+      a.round_sum = p.round_sum;
       forward(a);
       row = stop;
     }
@@ -249,7 +240,7 @@ bool run(const BackwardProblem& p, const RowKernels& kernels, Pool& pool) try {
       a.dscale = sums[0];
       a.dbias = sums[1];
       a.padded = padded;
-      a.round_x_hat = p.round_before_scale && is_half(p.x.dtype);
+      a.round_x_hat = p.round_before_scale;
       backward(a);
       for (int i = 0; i < 2; ++i) {  // write the sums of each group that ends here
         const Gradient& g = *gradients[i];

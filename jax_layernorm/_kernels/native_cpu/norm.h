@@ -27,7 +27,10 @@ struct Out {
 
 struct ForwardProblem {
   bool center;  // true for layer norm, false for RMS norm
+  // Rounds x_hat to the dtype of what is normalized, and gamma to that of scale.
   bool round_before_scale;
+  // Whether x_hat * gamma, and the sum of that and the bias, are then rounded like x_hat.
+  bool round_product, round_sum;
   int64_t rows, features;
   double epsilon, scale_offset;
   In x, residual, scale, bias;

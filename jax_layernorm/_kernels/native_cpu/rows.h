@@ -30,7 +30,8 @@ struct ForwardRows {
   const void* bias;
   void* y;
   void *mean, *mean_low, *rstd;
-  // Which results are rounded to the dtype of x, if that is a half-precision dtype.
+  // Whether x_hat is rounded to the dtype of x, and then the results after it. Nothing is
+  // rounded if x does not have half precision.
   bool round_x_hat, round_product, round_sum;
 };
 

@@ -224,6 +224,8 @@ class Case {
     ForwardProblem f{};
     f.center = center_;
     f.round_before_scale = round_before_scale_;
+    f.round_product = coin();  // whatever the dtypes; Python decides
+    f.round_sum = coin();
     f.rows = rows_;
     f.features = features_;
     f.epsilon = epsilon_;
