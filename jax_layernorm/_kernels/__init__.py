@@ -12,9 +12,10 @@ equations, while a norm is traced. `select` chooses between the kernels, at lowe
 from __future__ import annotations
 
 import contextlib
-import contextvars
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
+
+import jax
 
 from jax_layernorm import _equations
 from jax_layernorm._equations import NormSpec
@@ -78,35 +79,29 @@ class Decision(NamedTuple):
 
 
 class Record:
-    """Decisions, in their order; hashed by identity, to be part of a cache's key."""
+    """Decisions, in their order; hashed by identity, to be part of the caches' keys."""
 
     def __init__(self) -> None:
         self.decisions: list[Decision] = []
 
 
-_record: contextvars.ContextVar[Record | None] = contextvars.ContextVar(
-    "record", default=None
-)
-
-
-def current_record() -> Record | None:
-    """The record of this thread's decisions; None if they are not recorded."""
-    return _record.get()
+_recording = jax.make_user_context(None)
 
 
 @contextlib.contextmanager
 def record_decisions() -> Iterator[list[Decision]]:
-    """Records what is decided while the block traces or lowers, in this thread."""
+    """Records what is decided while the block traces or lowers, in this thread.
+
+    Whatever the block calls is traced anew, because the record is in the keys of JAX's
+    caches.
+    """
     record = Record()
-    token = _record.set(record)
-    try:
+    with _recording(record):
         yield record.decisions
-    finally:
-        _record.reset(token)
 
 
 def _decide(chosen: str | None, reasons: dict[str, str]) -> None:
-    record = current_record()
+    record: Record | None = _recording.value
     if record is not None:
         record.decisions.append(Decision(chosen, reasons))
 

@@ -9,14 +9,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import hashlib
 import pathlib
 import re
 
 import jax
 
+FOLDER = pathlib.Path(__file__).parent
 LIBRARY = "libjax_layernorm.so"
 CPU_FORWARD, CPU_BACKWARD = "jax_layernorm_forward", "jax_layernorm_backward"
 CUDA_LAUNCH = "jax_layernorm_cuda_launch"
+HANDLERS = ("native_cpu/ffi.cc", "cuda/launch.cc")
+"""The sources of the handlers that XLA calls. A wheel does not have them."""
 
 
 @functools.cache
@@ -55,6 +59,11 @@ def load(library: pathlib.Path, headers: pathlib.Path) -> str | None:
             f"its library needs version {needed[0]}.{needed[1]} of XLA's FFI, and this"
             f" jaxlib has {spoken[0]}.{spoken[1]}; build it against an older one"
         )
+    if is_old(handlers):
+        return (
+            "its library was built from older sources than those beside it; install the"
+            " package again, with pip install --editable ."
+        )
     for name in (CPU_FORWARD, CPU_BACKWARD):
         handler = jax.ffi.pycapsule(getattr(handlers, name))
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
@@ -65,6 +74,23 @@ def load(library: pathlib.Path, headers: pathlib.Path) -> str | None:
         platform="CUDA",
     )
     return None
+
+
+def is_old(handlers: ctypes.CDLL, folder: pathlib.Path = FOLDER) -> bool:
+    """Whether the handlers were built from other sources than those in `folder`, if any.
+
+    Such a library would refuse what this package passes to it, when a program runs.
+    """
+    sources = [folder / name for name in HANDLERS]
+    if not all(source.exists() for source in sources):
+        return False
+    digests = (hashlib.sha256(source.read_bytes()).hexdigest() for source in sources)
+    expected = hashlib.sha256("".join(digests).encode()).hexdigest()
+    try:
+        built_from = (ctypes.c_char * 64).in_dll(handlers, "jax_layernorm_handlers")
+    except ValueError:  # from before the library had it
+        return True
+    return bytes(built_from) != expected.encode()
 
 
 def ffi_api_version(headers: pathlib.Path) -> tuple[int, int] | None:

@@ -64,6 +64,26 @@ def as_rows(problem: Problem) -> Rows:
     return Rows(math.prod(x.shape[:first]), math.prod(x.shape[first:]), *groups)
 
 
+def refuse_exported(problem: Problem) -> None:
+    """Raises NotImplementedError for a kernel in a native library."""
+    if problem.exported:
+        raise NotImplementedError(
+            "the program is exported, and a program must not call a native library, which"
+            " jax.export allows only with DisabledSafetyCheck.custom_call"
+        )
+
+
+def refuse_separate_parameters(rows: Rows) -> None:
+    """Raises NotImplementedError for a kernel that takes one row of parameters."""
+    groups = (rows.scale_groups, rows.bias_groups, rows.dscale_groups)
+    if any(count not in (None, 1) for count in groups):
+        raise NotImplementedError("some rows have separate parameters")
+
+
+def reshaped(array: Any, shape: Any) -> Any:
+    return None if array is None else array.reshape(shape)
+
+
 def sum_dtype(x: Any, residual: Any) -> Any:
     """The dtype of what is normalized: that of `x`, or of the sum with a residual."""
     if residual is None:

@@ -33,6 +33,8 @@ from jax_layernorm._kernel_op import Problem
 from jax_layernorm._kernels._rows import (
     Rows,
     as_rows,
+    refuse_separate_parameters,
+    reshaped,
     statistics_shape,
     sum_dtype,
 )
@@ -69,12 +71,10 @@ def forward(problem: Problem) -> Callable[..., _equations.ForwardOutputs]:
 
         normalized = sum_dtype(x, residual)
         y, residual_out, statistics = _forward.forward(
-            _matrix(x, rows),
-            _matrix(residual, rows),
+            reshaped(x, rows[:2]),
+            reshaped(residual, rows[:2]),
             _gamma(scale, spec, rows),
-            None
-            if bias is None
-            else bias.astype(jnp.float32).reshape(1, rows.features),
+            None if bias is None else bias.astype(jnp.float32).reshape(1, -1),
             spec=spec,
             rounding=_equations.rounding(normalized, scale, bias, spec),
             residual_out_dtype=normalized,
@@ -86,8 +86,9 @@ def forward(problem: Problem) -> Callable[..., _equations.ForwardOutputs]:
                 zeros = jnp.zeros_like(statistics.rstd)
                 statistics = statistics._replace(mean_low=zeros)
             statistics = jax.tree.map(lambda m: m.reshape(kept), statistics)
-        residual_out = None if residual_out is None else residual_out.reshape(x.shape)
-        return _equations.ForwardOutputs(y.reshape(x.shape), residual_out, statistics)
+        return _equations.ForwardOutputs(
+            y.reshape(x.shape), reshaped(residual_out, x.shape), statistics
+        )
 
     return run
 
@@ -116,20 +117,20 @@ def backward(problem: Problem) -> Callable[..., _equations.BackwardOutputs]:
 
         per_row = (1, rows.rows)
         dx, dscale, dbias = _backward.backward(
-            _matrix(x, rows),
+            reshaped(x, rows[:2]),
             _gamma(scale, spec, rows),
             jax.tree.map(lambda m: m.reshape(per_row), statistics),
-            _matrix(dy, rows),
-            _matrix(dresidual_out, rows),
+            reshaped(dy, rows[:2]),
+            reshaped(dresidual_out, rows[:2]),
             spec=spec,
             with_dx=with_dx,
             with_dscale=scale_shape is not None,
             with_dbias=bias_shape is not None,
         )
         return _equations.BackwardOutputs(
-            None if dx is None else dx.reshape(x.shape),
-            None if dscale is None else dscale.reshape(scale_shape),
-            None if dbias is None else dbias.reshape(bias_shape),
+            reshaped(dx, x.shape),
+            reshaped(dscale, scale_shape),
+            reshaped(dbias, bias_shape),
         )
 
     return run
@@ -144,8 +145,7 @@ def _supported_rows(problem: Problem) -> Rows:
             raise NotImplementedError(
                 f"{name} has the dtype {array.dtype.name}, not bfloat16 or float32"
             )
-    if any(groups not in (None, 1) for groups in rows[2:]):
-        raise NotImplementedError("some rows have separate parameters")
+    refuse_separate_parameters(rows)
     itemsizes = [array.dtype.itemsize for array in whole.values()]
     if "residual" in whole:
         itemsizes.append(max(itemsizes))  # the sum's
@@ -169,10 +169,6 @@ def _whole_arrays(problem: Problem) -> dict[str, Any]:
             raise NotImplementedError("the statistics have cotangents")
         whole = {"x": x, "dy": dy, "dresidual_out": dresidual_out, "dx": x}
     return {name: array for name, array in whole.items() if array is not None}
-
-
-def _matrix(array: Any, rows: Rows) -> Any:
-    return None if array is None else array.reshape(rows.rows, rows.features)
 
 
 def _gamma(scale: Any, spec: Any, rows: Rows) -> Any:
