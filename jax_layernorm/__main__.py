@@ -5,9 +5,39 @@ from __future__ import annotations
 import argparse
 import sys
 
+import jax
+
+from jax_layernorm import _check, _functions
+from jax_layernorm._explain import explain
+
+COMMON = {  # what models normalize
+    "BERT, GPT-2": ("layer_norm", (4096, 768), "float32"),
+    "8B decoder": ("rms_norm", (8192, 4096), "bfloat16"),
+    "27B decoder": ("rms_norm", (8192, 5120), "bfloat16"),
+    "heads (QK norm)": ("rms_norm", (32768, 128), "bfloat16"),
+    "one token": ("rms_norm", (1, 4096), "bfloat16"),
+}
+
+
+def print_choices() -> None:
+    """Prints versions, devices, and what runs for a few common norms."""
+    _check.print_environment()
+    for model, (norm, shape, dtype) in COMMON.items():
+        x = jax.ShapeDtypeStruct(shape, dtype)
+        bias = norm == "layer_norm"
+        params = jax.eval_shape(
+            lambda n=shape[-1], bias=bias: _functions.init_params(n, bias=bias)
+        )
+        print(f"\n{model}: {norm}, {shape[0]} x {shape[1]} {dtype}")
+        print(explain(params, x, function=_check.NORMS[norm]))
+
 
 def shape(text: str) -> tuple[int, int]:
     rows, features = map(int, text.split("x"))
+    if rows < 1 or features < 2:
+        raise argparse.ArgumentTypeError(
+            f"a shape must have a row and two features at least; got {text!r}"
+        )
     return rows, features
 
 
@@ -30,12 +60,8 @@ def main(arguments: list[str] | None = None) -> int:
                        choices=("bfloat16", "float16", "float32"))  # fmt: skip
     options = parser.parse_args(arguments)
     if options.command == "check":
-        from jax_layernorm import _check
-
         return _check.check(options.shapes, options.dtypes)
-    from jax_layernorm import _explain
-
-    _explain.main()
+    print_choices()
     return 0
 
 

@@ -8,8 +8,10 @@ copy of as many bytes.
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import itertools
 import math
+import platform as host
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +22,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_layernorm import _functions, _kernels
-from jax_layernorm._explain import explain, print_environment
 
 SHAPES = (
     (4096, 768),
@@ -85,6 +86,7 @@ class Row(NamedTuple):
     dtype: str
     norm: str
     implementation: str
+    is_default: bool
     errors: Errors
     seconds: float
     copy_seconds: float
@@ -98,15 +100,15 @@ class Row(NamedTuple):
         rows, features = self.shape
         return (
             f"{f'{rows}x{features}':<12}{self.dtype:<10}{self.norm:<16}"
-            f"{self.implementation:<12}{self.errors.y:>8.3g}{self.errors.dx:>8.3g}"
-            f"{self.errors.sums:>10.3g}{self.seconds * 1e6:>10.0f}"
+            f"{self.implementation:<12}{self.errors.y:>9.3g}{self.errors.dx:>9.3g}"
+            f"{self.errors.sums:>9.3g}{self.seconds * 1e6:>10.0f}"
             f"{self.copy_seconds / self.seconds:>8.2f}{'  WRONG' * self.is_wrong}"
         )
 
 
 HEADER = (
     f"{'':<50}{'error, ulp':^26}\n{'shape':<12}{'dtype':<10}{'norm':<16}"
-    f"{'by':<12}{'y':>8}{'dx':>8}{'sums':>10}{'us':>10}{'of copy':>8}"
+    f"{'by':<12}{'y':>9}{'dx':>9}{'sums':>9}{'us':>10}{'of copy':>8}"
 )
 
 
@@ -127,7 +129,7 @@ def draw(norm: str, shape: tuple[int, int], dtype: str) -> Problem:
     return Problem(norm, params, tuple(arrays), tuple(cotangents))
 
 
-def program(norm: Callable[..., Any]) -> Callable[..., Any]:
+def program(norm: Callable[..., Any]) -> Any:
     """`(params, arrays, cotangents) -> (y, what was normalized), dparams, dx`, jitted."""
 
     def run(params: Any, arrays: Any, cotangents: Any) -> Any:
@@ -173,6 +175,8 @@ class Expected(NamedTuple):
     columns: np.ndarray
     y: np.ndarray
     dx: np.ndarray
+    dx_size: np.ndarray
+    """What cancels in `dx`, at the most: with few features `dx` itself is much smaller."""
     dscale: np.ndarray
     dbias: np.ndarray
 
@@ -203,17 +207,23 @@ def oracle(problem: Problem, normalized: np.ndarray) -> Expected:
     dx = g - x_hat * np.mean(g * x_hat, 1, keepdims=True)
     if "layer" in problem.norm:
         dx = dx - np.mean(g, 1, keepdims=True)
-    dx = dx * rstd[rows]
+    dx, size = dx * rstd[rows], np.abs(g * rstd[rows])
     if problem.adds:
-        dx = dx + problem.cotangents[1][rows].astype(np.float64)
+        dresidual_out = problem.cotangents[1][rows].astype(np.float64)
+        dx, size = dx + dresidual_out, size + np.abs(dresidual_out)
     x_hat, some_dy = at((slice(None), columns))
-    return Expected(rows, columns, y, dx, (some_dy * x_hat).sum(0), some_dy.sum(0))
+    sums = (some_dy * x_hat).sum(0), some_dy.sum(0)
+    return Expected(rows, columns, y, dx, size, *sums)
 
 
-def ulps(actual: Any, expected: np.ndarray) -> float:
-    """The largest error, in units of the last place of the row's largest value."""
+def ulps(actual: Any, expected: np.ndarray, size: Any = None) -> float:
+    """The largest error, in units of the last place of the largest value of the row.
+
+    That is the largest of `size`, or else of `expected`.
+    """
     eps = float(jnp.finfo(actual.dtype).eps)
-    largest = np.max(np.abs(expected), -1, keepdims=True)
+    values = expected if size is None else size
+    largest = np.max(np.abs(values), -1, keepdims=True)
     unit = eps * 2.0 ** np.floor(np.log2(largest))
     return float(np.max(np.abs(np.asarray(actual, np.float64) - expected) / unit))
 
@@ -226,7 +236,8 @@ def errors_of(out: Any, problem: Problem) -> Errors:
         for name, gradient in dparams.items()
     ]
     largest = float(np.max(sums))  # NaN if any of them is
-    return Errors(ulps(y[right.rows], right.y), ulps(dx[right.rows], right.dx), largest)
+    of_dx = ulps(dx[right.rows], right.dx, right.dx_size)
+    return Errors(ulps(y[right.rows], right.y), of_dx, largest)
 
 
 def seconds_of(function: Callable[..., Any], *arguments: Any) -> float:
@@ -252,6 +263,9 @@ def measure(problem: Problem, reasons: dict[str, str]) -> list[Row]:
     """A row for each implementation; `reasons` collects why some cannot run."""
     arguments = jax.device_put((problem.params, problem.arrays, problem.cotangents))
     copy_seconds = copy_seconds_of(problem)
+    with _kernels.record_decisions() as decisions:
+        program(NORMS[problem.norm]).lower(*arguments)
+    defaults = {decision.chosen for decision in decisions}
     rows = []
     for name, norm in candidates(problem.norm).items():
         function = program(norm)
@@ -263,7 +277,7 @@ def measure(problem: Problem, reasons: dict[str, str]) -> list[Row]:
         errors = errors_of(out, problem)
         seconds = seconds_of(function, *arguments)
         x, norm_name = problem.arrays[0], problem.norm
-        case = (x.shape, x.dtype.name, norm_name, name)
+        case = (x.shape, x.dtype.name, norm_name, name, defaults == {name})
         rows.append(Row(*case, errors, seconds, copy_seconds))
     return rows
 
@@ -288,16 +302,34 @@ def verdict(tables: list[list[Row]]) -> str:
     if not means:
         return "Use the default: XLA's implementation is the only one that runs here."
     best = max(means, key=lambda name: means[name])
-    x = jax.ShapeDtypeStruct(tables[0][0].shape, tables[0][0].dtype)
-    chosen = explain({}, x)[platforms()[0]].implementation
+    cases = [row for rows in tables for row in rows]
     if means[best] < 1:
-        what = "the default" if chosen == "xla" else "implementation='xla'"
+        what = _to_use("xla", cases)
         return f"Use {what}: {best} takes {1 / means[best]:.2f} times as long as XLA's."
-    what = "the default" if chosen == best else f"implementation={best!r}"
     return (
-        f"Use {what}: {best} is right in all {len(speed[best])} cases, and"
+        f"Use {_to_use(best, cases)}: {best} is right in all {len(speed[best])} cases, and"
         f" {means[best]:.2f} times as fast as XLA's implementation (geometric mean)."
     )
+
+
+def _to_use(name: str, cases: list[Row]) -> str:
+    by_default = [row.is_default for row in cases if row.implementation == name]
+    if all(by_default):
+        return "the default"
+    in_some = f", the default in {sum(by_default)} of {len(by_default)} cases"
+    return f"implementation={name!r}{in_some if any(by_default) else ''}"
+
+
+def print_environment() -> None:
+    """Prints versions and devices."""
+    print(f"Python {host.python_version()} on {host.platform()}")
+    for package in ("jax-layernorm", "jax", "jaxlib", "flax", "libtpu"):
+        try:
+            print(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            print(f"{package} is not installed")
+    devices = jax.devices()
+    print(f"{len(devices)} {devices[0].platform} device(s): {devices[0].device_kind}")
 
 
 def check(

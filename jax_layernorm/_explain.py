@@ -1,10 +1,8 @@
-"""`explain`: which implementation runs where, and why; and `python -m jax_layernorm`."""
+"""`explain`: which implementation runs where, and why."""
 
 from __future__ import annotations
 
 import functools
-import importlib.metadata
-import platform as host
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,14 +10,6 @@ import jax
 
 from jax_layernorm import _equations, _functions, _kernels
 from jax_layernorm._kernel_op import PLATFORMS
-
-COMMON = {  # shapes that models normalize
-    "BERT, GPT-2": ((4096, 768), "float32"),
-    "8B decoder": ((8192, 4096), "bfloat16"),
-    "27B decoder": ((8192, 5120), "bfloat16"),
-    "heads (QK norm)": ((32768, 128), "bfloat16"),
-    "one token": ((1, 4096), "bfloat16"),
-}
 
 
 class Choice(NamedTuple):
@@ -93,7 +83,7 @@ def explain(
 
     def both_passes(*arguments: Any) -> Any:
         out, pullback = jax.vjp(norm, *arguments)
-        return pullback(out)
+        return out, pullback(out)
 
     arguments = (params, x) if residual is None else (params, x, residual)
     with _kernels.record_decisions() as while_traced:
@@ -133,25 +123,3 @@ def _choice(decisions: list[_kernels.Decision]) -> Choice:
     for name in chosen:
         reasons.pop(name, None)
     return Choice(" and ".join(chosen), reasons)
-
-
-def main() -> None:
-    """Prints versions, devices, and what runs for a few common shapes."""
-    print_environment()
-    for name, (shape, dtype) in COMMON.items():
-        x = jax.ShapeDtypeStruct(shape, dtype)
-        params = jax.eval_shape(lambda n=shape[-1]: _functions.init_params(n))
-        print(f"\n{name}: {shape[0]} x {shape[1]} {dtype}")
-        print(explain(params, x))
-
-
-def print_environment() -> None:
-    """Prints versions and devices."""
-    print(f"Python {host.python_version()} on {host.platform()}")
-    for package in ("jax-layernorm", "jax", "jaxlib", "flax", "libtpu"):
-        try:
-            print(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            print(f"{package} is not installed")
-    devices = jax.devices()
-    print(f"{len(devices)} {devices[0].platform} device(s): {devices[0].device_kind}")

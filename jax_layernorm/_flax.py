@@ -152,19 +152,19 @@ def _aligned(
     order = sorted(features)
 
     def over_features(param: Array) -> Array:
-        if param.shape == shape or param.size != math.prod(shape):
+        if param.shape == shape:
             return param
+        if param.size != math.prod(shape):
+            raise ValueError(
+                f"parameters must have shape {shape}, the shape of x {x.shape} along"
+                f" feature_axes {feature_axes}; got {param.shape}. Are feature_axes"
+                " right? If the parameters of several norms are stacked, use nnx.vmap."
+            )
         param = param.reshape([x.shape[axis] for axis in order])
         return jnp.transpose(param, [order.index(axis) for axis in features])
 
     def over_all_axes(param: Array) -> Array:
         param = over_features(param)
-        if param.shape != shape:
-            raise ValueError(
-                f"parameters must have shape {shape}, the shape of x {x.shape} along"
-                f" feature_axes {feature_axes}; got {param.shape}. Are feature_axes"
-                " right?"
-            )
         param = jnp.transpose(param, [features.index(axis) for axis in order])
         others = [i for i in range(ndim) if i - ndim not in features]
         param = jnp.expand_dims(param, others)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from jax_layernorm import _arguments, _kernels
+from jax_layernorm import _arguments
 from jax_layernorm._arguments import Implementation
 from jax_layernorm._equations import NormSpec
 from jax_layernorm._normalize import normalize
@@ -84,8 +84,9 @@ def layer_norm(
     Statistics and arithmetic are in float32 (float64 for float64 `x`). The statistics
     come from a compensated two-pass formula, so a large offset that all elements of a
     row share costs no accuracy. If the sum of squared deviations overflows (in float32,
-    with deviations above about 1e19), rstd is 0 and `y` is the bias. NaN and inf affect
-    only the row that they are in. Elements above 1e38 / features may make a row NaN.
+    with a standard deviation above 1.8e19 / sqrt(features)), rstd is 0 and `y` is the
+    bias. NaN and inf affect only the row that they are in. Elements above
+    1e38 / features may make a row NaN.
 
     Args:
       params: a mapping with optional `scale` and `bias`, of any floating dtype. A
@@ -258,7 +259,7 @@ def add_layer_norm(
         y = layer_norm(params, residual_out)
 
     The norm reads the sum as it is returned, so `y` is bit for bit equal to
-    `layer_norm(params, residual_out)`.
+    `layer_norm(params, residual_out, dtype=x.dtype)`.
 
     Args:
       params: as for `layer_norm`.
@@ -353,9 +354,10 @@ def _norm(
     """Checks the arguments of the function `name`, and calls `normalize`."""
     unknown = [key for key in options if key not in _DEFAULTS]
     if unknown:
+        fix = "Write epsilon." if unknown[0] == "eps" else "Check the spelling."
         raise TypeError(
             f"{name}() takes the keyword arguments {', '.join(_DEFAULTS)}; got"
-            f" {unknown[0]!r}. Check the spelling."
+            f" {unknown[0]!r}. {fix}"
         )
     given = _DEFAULTS | options
     custom_vjp = _arguments.check_flag("custom_vjp", given["custom_vjp"])
@@ -388,8 +390,7 @@ def _norm(
     )
     mask = _arguments.check_mask(given["mask"], x)
     operands = (x, residual, scale, bias, mask)
-    record = _kernels.current_record()
-    out = normalize(spec, *operands, custom_vjp=custom_vjp, record=record)
+    out = normalize(spec, *operands, custom_vjp=custom_vjp)
     wanted = tuple(part for part in out if part is not None)
     return wanted if len(wanted) > 1 else out.y
 

@@ -101,7 +101,14 @@ def replace(
         try:
             yield block.report
         finally:
+            last = _open.blocks[-1] is block
             _open.blocks.remove(block)
+            if not last:
+                raise RuntimeError(
+                    "blocks of replace() must be closed in the reverse order of their"
+                    " opening, in one thread; got another order. Do not leave a generator"
+                    " or an asynchronous task waiting inside a block."
+                )
 
 
 class _Options(NamedTuple):
@@ -130,7 +137,6 @@ class _Open(threading.local):
         self.reported += 1
         for block in self.blocks:
             block.report.replaced[path] = kind
-            block.report.left.pop(path, None)
 
     def left(self, path: str, reason: str) -> None:
         self.reported += 1
@@ -158,8 +164,6 @@ def _intercept(
     kwargs: dict[str, Any],
     context: Any,
 ) -> Any:
-    if not _open.blocks:  # blocks were closed in another order than opened
-        return next_fun(*args, **kwargs)
     _open.saw_a_module()
     module, options = context.module, _open.blocks[-1].options
     path = "/".join(module.path) or type(module).__name__

@@ -54,13 +54,8 @@ forward_op, backward_op = (
 )
 
 
-@functools.partial(jax.jit, static_argnames=("spec", "custom_vjp", "record"))
-def normalize(
-    spec: NormSpec,
-    *operands: Any,
-    custom_vjp: bool = True,
-    record: _kernels.Record | None = None,
-) -> Normalized:
+@functools.partial(jax.jit, static_argnames=("spec", "custom_vjp"))
+def normalize(spec: NormSpec, *operands: Any, custom_vjp: bool = True) -> Normalized:
     """The norm of `x`, or of `residual + x`.
 
     This is jitted so that an eager call is one dispatch, and 48 norms of a model are
@@ -71,9 +66,7 @@ def normalize(
       operands: `x`, `residual`, `scale`, `bias` and `mask`, None if left out; the last
         three broadcast against `x`.
       custom_vjp: False lets JAX differentiate the equations, forward or reverse.
-      record: `_kernels.current_record()`, so that a recorded call is traced anew.
     """
-    del record
     norm = _normalize if custom_vjp else _differentiated_by_jax
 
     def of_equally_varying(spec: NormSpec, *operands: Any) -> Normalized:

@@ -6,14 +6,16 @@ some parameters does not use their gradients.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
+from jax_layernorm import _equations
 from jax_layernorm._kernel_op import Pruned
 
-FOR_DX_ALONE = (1, 5, 6, 7)
-"""Operands of the backward op that only `dx` needs: scale, and the cotangents of the
-sum and the statistics."""
+_BACKWARD = [*inspect.signature(_equations.backward).parameters]
+FOR_DX_ALONE = tuple(map(_BACKWARD.index, ("scale", "dresidual_out", "dmean", "drstd")))
+"""Operands of the backward op that only `dx` needs."""
 
 
 def prune_forward(static: dict[str, Any], used: Sequence[bool]) -> Pruned:

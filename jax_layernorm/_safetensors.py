@@ -126,11 +126,11 @@ def _is_truncated(path: str) -> bool:
         file.seek(8)
         try:
             header = json.loads(file.read(length))
-        except ValueError:
-            return False
-    ends = [
-        entry["data_offsets"][1]
-        for name, entry in header.items()
-        if name != "__metadata__"
-    ]
+            ends = [
+                int(entry["data_offsets"][1])
+                for name, entry in header.items()
+                if name != "__metadata__"
+            ]
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            return False  # it is malformed in another way, which safetensors reports
     return rest - length < max(ends, default=0)

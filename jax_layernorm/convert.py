@@ -125,9 +125,9 @@ def from_torch(
             f" {inside[0]!r} there. Give the prefix of the norm itself."
         )
     arrays = {
-        name: _as_jax(f"state_dict[{key!r}]", state_dict[key])
+        name: _as_jax(f"state_dict[{key!r}]", stored)
         for name, key in found.items()
-        if key is not None and state_dict[key] is not None
+        if key is not None and (stored := state_dict[key]) is not None
     }
     _check_shapes(arrays, "state_dict", found)
     _check_features(arrays, found, features)

@@ -80,13 +80,46 @@ def test_nan_is_wrong(norm):
 def test_the_verdict_goes_by_the_time_beside_xla(seconds, says):
     errors = _check.Errors(0.0, 0.0, 0.0)
     rows = [
-        _check.Row((8, 128), "float32", "layer_norm", name, errors, time, 1.0)
+        _check.Row((8, 128), "float32", "layer_norm", name, False, errors, time, 1.0)
         for name, time in seconds.items()
     ]
     assert says in _check.verdict([rows])
 
 
-@pytest.mark.parametrize("arguments", (["nothing"], ["check", "--shapes", "768"]))
+def test_the_verdict_speaks_of_every_case():
+    """Not only of layer norm, for which a kernel may be the default alone."""
+    errors = _check.Errors(0.0, 0.0, 0.0)
+
+    def verdict(*kernel_is_default):
+        return _check.verdict(
+            [
+                [
+                    _check.Row((8, 8), "float32", "", "cuda", is_it, errors, 1.0, 1.0),
+                    _check.Row(
+                        (8, 8), "float32", "", "xla", not is_it, errors, 2.0, 1.0
+                    ),
+                ]
+                for is_it in kernel_is_default
+            ]
+        )
+
+    assert verdict(True, True).startswith("Use the default: cuda")
+    assert verdict(False, False).startswith("Use implementation='cuda': cuda")
+    some = verdict(True, False)
+    assert some.startswith(
+        "Use implementation='cuda', the default in 1 of 2 cases: cuda"
+    )
+
+
+def test_a_few_features_are_judged_by_what_cancels(capsys):
+    assert main(["check", "--shapes", "4096x4", "8x2", "--dtypes", "float32"]) == 0
+    assert "WRONG" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    (["nothing"], ["check", "--shapes", "768"], ["check", "--shapes", "0x8"]),
+)
 def test_bad_arguments_end_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)

@@ -103,6 +103,35 @@ def test_all_functions_and_arguments_can_be_explained(function):
         explain(axis=5)
 
 
+def test_a_function_that_jax_has_compiled_is_explained_as_before():
+    def first(params, x):
+        return jln.layer_norm(params, x, custom_vjp=False)
+
+    def body(x, _):
+        return jln.layer_norm({}, x), None
+
+    x = jnp.ones((4, 8))
+    both = jax.jit(lambda params, x: jln.layer_norm(params, first(params, x)))
+    scanned = lambda _, x: jax.lax.scan(body, x, None, 3)[0]  # noqa: E731
+    for function in (jax.jit(first), both, scanned):
+        fresh = jln.explain({}, x, function=function)
+        jax.vjp(function, {}, x)[1](function({}, x))
+        assert jln.explain({}, x, function=function) == fresh
+
+
+def test_a_function_without_a_gradient_is_explained():
+    def constant(params, x):
+        return jax.lax.stop_gradient(jln.layer_norm(params, x))
+
+    def loop(params, x):
+        params, x = jax.lax.stop_gradient((params, x))
+        return jax.lax.while_loop(lambda c: c.sum() < 0, lambda c: norm(params, c), x)
+
+    norm, x = jln.layer_norm, jnp.ones((4, 8))
+    for function in (constant, loop):
+        assert jln.explain({}, x, function=function) == jln.explain({}, x)
+
+
 def test_nothing_is_computed():
     shape = jax.ShapeDtypeStruct((2**20, 2**20), "float32")  # four terabytes
     assert jln.explain({}, shape)["cpu"].implementation in _kernels.KERNELS

@@ -250,7 +250,7 @@ def test_a_missing_key_is_named_beside_the_nearest(prefix, near, fix):
             "no submodules; got 'n.dwconv.weight'",
         ),
         ({"n.weight": np.ones(3, int)}, TypeError, r"\['n.weight'\].*got dtype int"),
-        ({"n.weight": [1.0, 2.0]}, TypeError, r"\['n.weight'\].*got builtins.list"),
+        ({"n.weight": [1.0, 2.0]}, TypeError, r"\['n.weight'\].*got list"),
         ([("n.weight", np.ones(3))], TypeError, r"list.*module.state_dict\(\)"),
     ],
     ids=str,
@@ -361,6 +361,13 @@ class TestFiles:
         for length in (8, 9, 50, len(whole) // 2, len(whole) - 1):
             path.write_bytes(whole[:length])
             with pytest.raises(ValueError, match="which is truncated"):
+                jln.convert.from_torch(path, NAME)
+
+    def test_a_malformed_header_is_called_so(self, tmp_path):
+        path = tmp_path / "model.safetensors"
+        for header in (b'{"a":{"dtype":"F32"}}', b'{"a":3}', b'{"a"', b"[1]"):
+            path.write_bytes(len(header).to_bytes(8, "little") + header)
+            with pytest.raises(ValueError, match="must be in the safetensors format"):
                 jln.convert.from_torch(path, NAME)
 
 

@@ -328,6 +328,21 @@ def test_axes_are_read_as_flax_reads_them(axes, features):
     assert count_ops(model, x) == (1, 0)
 
 
+@pytest.mark.parametrize("kind", [nnx.LayerNorm, nnx.RMSNorm])
+def test_stacked_parameters_are_refused_as_by_flax(kind):
+    """They would broadcast against as many rows of `x`."""
+    stacked = nnx.vmap(lambda key: kind(8, rngs=nnx.Rngs(key)))(
+        jax.random.split(jax.random.key(0), 3)
+    )
+    x = draw(0, 3, 8)
+    with pytest.raises(TypeError, match="cannot reshape"):
+        stacked(x)
+    with pytest.raises(ValueError, match=r"got \(3, 8\).*use nnx.vmap"):
+        jln.nnx.replace(stacked)(x)
+    y = nnx.vmap(lambda norm, row: norm(row))(stacked, x)
+    assert_close(y, kind(8, rngs=nnx.Rngs(0))(x))
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.int32])
 def test_dtypes_are_flaxs(dtype):
     model = norm(dtype=None)
