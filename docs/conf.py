@@ -55,6 +55,8 @@ copybutton_prompt_is_regexp = True
 
 html_theme = "sphinx_book_theme"  # with a light and a dark mode
 html_title = "jax_layernorm"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_theme_options = {
     "use_download_button": False,
     "use_fullscreen_button": False,

@@ -1,4 +1,4 @@
-"""Embed sentences with MiniLM, and see which of them mean the same.
+"""Embed sentences with MiniLM, and measure how similar they are in meaning.
 
     python examples/encoder/embed.py "A cat sleeps." "The kitten naps." "Rates rise."
 
