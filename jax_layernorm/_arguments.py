@@ -279,12 +279,14 @@ def check_epsilon(epsilon: Any) -> float:
     return value
 
 
-def check_scale_offset(scale_offset: Any) -> float:
+def check_scale_offset(scale_offset: Any, scale: Array | None, *, rounds: bool) -> float:
+    """`rounds`: whether it is rounded to the dtype of `scale` before it is added."""
     value = _check_static_number("scale_offset", scale_offset, "1.0")
-    if not abs(value) <= _FLOAT32_MAX:
+    dtype = jnp.dtype(jnp.float32) if scale is None or not rounds else scale.dtype
+    if not abs(value) <= min(_FLOAT32_MAX, float(jnp.finfo(dtype).max)):
         raise ValueError(
-            f"scale_offset must be finite in float32; got {scale_offset!r}. Use 1.0 for"
-            " a gain stored around zero, 0.0 for one stored around one."
+            f"scale_offset must be finite in {dtype}; got {scale_offset!r}. Use 1.0 for"
+            " a scale stored around zero, 0.0 for one stored around one."
         )
     return value
 

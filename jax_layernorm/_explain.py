@@ -58,7 +58,10 @@ def explain(
       residual: as for `add_layer_norm`.
       function: one of the four functions, or any function of `params`, `x` and, if
         given, `residual` that calls them, for example in `jax.vmap` or `jax.shard_map`.
-        The default is `layer_norm`, or `add_layer_norm` with a residual.
+        If JAX cannot differentiate it in reverse mode, as a `jax.lax.while_loop`, it
+        must pass its arguments to `jax.lax.stop_gradient` first; the answer is then for
+        the forward pass. The default is `layer_norm`, or `add_layer_norm` with a
+        residual.
       **options: keyword arguments of `function`.
 
     Returns:

@@ -371,16 +371,17 @@ def _norm(
     residual = _arguments.check_residual(added[0], x) if added else None
     axes = _arguments.check_axis(given["axis"], x.ndim)
     scale, bias = _arguments.check_params(params, x, axes)
+    rounds = _arguments.check_flag("round_before_scale", given["round_before_scale"])
     spec = NormSpec(
         center=center,
         axes=axes,
         epsilon=_arguments.check_epsilon(given["epsilon"]),
-        scale_offset=_arguments.check_scale_offset(given["scale_offset"]),
+        scale_offset=_arguments.check_scale_offset(
+            given["scale_offset"], scale, rounds=rounds
+        ),
         dtype=_arguments.check_dtype(given["dtype"], x),
         axis_names=_arguments.check_axis_name(given["axis_name"]),
-        round_before_scale=_arguments.check_flag(
-            "round_before_scale", given["round_before_scale"]
-        ),
+        round_before_scale=rounds,
         return_statistics=_arguments.check_flag(
             "return_statistics", given["return_statistics"]
         ),

@@ -93,6 +93,7 @@ BAD_OPTIONS = [
     ({"epsilon": jnp.float32(1e-6)}, TypeError, "must be a Python number"),
     ({"scale_offset": float("nan")}, ValueError, "finite in float32; got nan"),
     ({"scale_offset": float("-inf")}, ValueError, "got -inf"),
+    ({"scale_offset": 1e39}, ValueError, "finite in float32; got 1e+39"),
     ({"scale_offset": "1"}, TypeError, "of type str"),
     ({"scale_offset": jnp.ones(8)}, TypeError, "must be a Python number"),
     ({"dtype": "int32"}, TypeError, "got 'int32'"),
@@ -175,6 +176,14 @@ def test_bad_params_are_refused(_, params, error, says):
 def test_bad_options_are_refused(options, error, says):
     with raises(error, says):
         jln.layer_norm({}, X, **options)
+
+
+def test_an_offset_that_is_rounded_must_be_finite_then():
+    params = {"scale": jnp.ones(8, jnp.float16)}
+    jln.layer_norm(params, X, scale_offset=-1e5)
+    jln.layer_norm(params, X, scale_offset=-6e4, round_before_scale=True)
+    with raises(ValueError, "finite in float16; got -100000.0"):
+        jln.layer_norm(params, X, scale_offset=-1e5, round_before_scale=True)
 
 
 @pytest.mark.parametrize(
