@@ -279,7 +279,9 @@ def check_epsilon(epsilon: Any) -> float:
     return value
 
 
-def check_scale_offset(scale_offset: Any, scale: Array | None, *, rounds: bool) -> float:
+def check_scale_offset(
+    scale_offset: Any, scale: Array | None, *, rounds: bool
+) -> float:
     """`rounds`: whether it is rounded to the dtype of `scale` before it is added."""
     value = _check_static_number("scale_offset", scale_offset, "1.0")
     dtype = jnp.dtype(jnp.float32) if scale is None or not rounds else scale.dtype

@@ -67,7 +67,7 @@ class Problem(NamedTuple):
 
 
 class Errors(NamedTuple):
-    """The largest errors, in units of the last place; NaN if a result has a NaN."""
+    """The largest errors, in units in the last place; NaN if a result has a NaN."""
 
     y: float
     dx: float
@@ -217,7 +217,7 @@ def oracle(problem: Problem, normalized: np.ndarray) -> Expected:
 
 
 def ulps(actual: Any, expected: np.ndarray, size: Any = None) -> float:
-    """The largest error, in units of the last place of the largest value of the row.
+    """The largest error, in units in the last place of the largest value of the row.
 
     That is the largest of `size`, or else of `expected`.
     """
@@ -341,7 +341,7 @@ def check(
         factor = 1 if jax.default_backend() == "cpu" else ACCELERATOR_ROWS
         shapes = [(factor * rows, features) for rows, features in SHAPES]
     print(
-        "\nForward and backward in one program, parameters float32. Errors in units of\n"
+        "\nForward and backward in one program, parameters float32. Errors in units in\n"
         "the last place (lower is better), against float64 NumPy; microseconds, the\n"
         "median of queued calls; and the bandwidth of a copy that it reaches (higher is\n"
         f"better).\n\n{HEADER}"

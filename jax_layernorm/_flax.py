@@ -91,7 +91,7 @@ def apply_norm(
     return add_norm(params, x, residual, **options)
 
 
-def left_to_flax(
+def why_left_to_flax(
     norm: Any, x: Any, mask: Any, param_dtypes: Iterable[DTypeLike]
 ) -> str | None:
     """Why a call of Flax's `norm` is left to Flax; None if this package computes it.

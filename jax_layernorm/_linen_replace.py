@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from jax_layernorm import _arguments, _linen_norms, _own_norms
 from jax_layernorm._arguments import Implementation
-from jax_layernorm._flax import Report, flax_axes, left_to_flax
+from jax_layernorm._flax import Report, flax_axes, why_left_to_flax
 
 
 @contextlib.contextmanager
@@ -235,7 +235,7 @@ def _flaxs_call(context: Any, path: str, options: _Options) -> Callable[..., Any
     module = context.module
 
     def __call__(x: Any, *, mask: Any = None) -> Any:  # the signature of Flax's norms
-        reason = left_to_flax(module, x, mask, _linen_norms.param_dtypes(module))
+        reason = why_left_to_flax(module, x, mask, _linen_norms.param_dtypes(module))
         if reason is not None:
             _open.left(path, reason)
             return context.orig_method(x, mask=mask)

@@ -13,7 +13,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jax_layernorm._arguments import Implementation
-from jax_layernorm._flax import apply_norm, flax_axes, left_to_flax
+from jax_layernorm._flax import apply_norm, flax_axes, why_left_to_flax
 
 
 def _with_the_arguments_of(flaxs: type) -> Callable[[Any], Any]:
@@ -185,7 +185,7 @@ def _call(
     reduction_axes, feature_axes = module.reduction_axes, module.feature_axes
     if module._replaced and residual is None:
         dtypes_of_params = [p.dtype for p in params.values() if p is not None]
-        if left_to_flax(module, x, mask, dtypes_of_params):
+        if why_left_to_flax(module, x, mask, dtypes_of_params):
             return flaxs.__call__(module, x, mask=mask)
         reduction_axes = flax_axes(reduction_axes, jnp.ndim(x))
         feature_axes = flax_axes(feature_axes, jnp.ndim(x))
