@@ -42,8 +42,9 @@ ACCELERATOR_ROWS = 8
 """The factor for the rows on a GPU or TPU: its cache would hold the smaller arrays."""
 ULPS = 8
 """The largest error of y or dx that is not wrong: a few roundings of float32."""
-SAMPLES = 64
-"""How many rows of y and dx, and columns of dscale and dbias, are compared."""
+COMPARED = 1 << 21
+"""How many elements of y, of dx and of the columns of dscale and dbias are compared with
+NumPy, which takes its time. All others must be finite."""
 SECONDS = 0.05
 """How long the calls of each program are timed, at least."""
 
@@ -184,8 +185,10 @@ class Expected(NamedTuple):
 def oracle(problem: Problem, normalized: np.ndarray) -> Expected:
     """The norm and its gradients in two passes; `normalized` is x or the stored sum."""
     count, features = normalized.shape
-    rows = np.unique(np.linspace(0, count - 1, SAMPLES, dtype=int))
-    columns = np.unique(np.linspace(0, features - 1, SAMPLES, dtype=int))
+    rows, columns = (
+        np.unique(np.linspace(0, n - 1, max(64, COMPARED // other), dtype=int))
+        for n, other in ((count, features), (features, count))
+    )
     x = normalized.astype(np.float32)
     mean = np.zeros((count, 1))
     if "layer" in problem.norm:
@@ -236,8 +239,11 @@ def errors_of(out: Any, problem: Problem) -> Errors:
         for name, gradient in dparams.items()
     ]
     largest = float(np.max(sums))  # NaN if any of them is
+    of_y = ulps(y[right.rows], right.y)
     of_dx = ulps(dx[right.rows], right.dx, right.dx_size)
-    return Errors(ulps(y[right.rows], right.y), of_dx, largest)
+    if not all(np.isfinite(a).all() for a in (y, dx, *dparams.values())):
+        of_y = of_dx = math.nan
+    return Errors(of_y, of_dx, largest)
 
 
 def seconds_of(function: Callable[..., Any], *arguments: Any) -> float:

@@ -16,6 +16,8 @@ from jax_layernorm._flax import Report
 from jax_layernorm._nnx_norms import LayerNorm, RMSNorm
 
 Model = TypeVar("Model")
+_OPTIONS = ("scale_offset", "round_before_scale", "implementation", "custom_vjp")
+"""The attributes of our norms that Flax's do not have."""
 
 
 def replace(
@@ -219,6 +221,12 @@ def _left(norm: nnx.LayerNorm | nnx.RMSNorm) -> str | None:
         )
     if norm.axis_index_groups is not None:
         return "axis_index_groups is given"
+    used = [name for name in _OPTIONS if hasattr(norm, name)]
+    if used:
+        return (
+            f"{kind.__qualname__} has an attribute {used[0]!r} of its own, a name that a"
+            f" replaced norm needs; pass also={{{kind.__name__}: compute}} to replace()"
+        )
     try:
         _ours(kind)
     except Exception as refusal:  # what `__init_subclass__` raises is the user's

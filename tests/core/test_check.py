@@ -111,6 +111,39 @@ def test_the_verdict_speaks_of_every_case():
     )
 
 
+@pytest.mark.parametrize("off", (2.0**-16, -(2.0**-16)))
+def test_an_error_of_either_sign_is_counted_in_ulps(off):
+    right = np.array([[1.5, -1.0], [0.5, 3.0]])
+    assert _check.ulps(np.float32(right + [[0.0, off], [0.0, 0.0]]), right) == 128
+    wrong = np.float32(right + [[0.0, 0.0], [off, 0.0]])  # beside 3.0
+    assert _check.ulps(wrong, right) == 64
+    assert _check.ulps(wrong, right, np.full((2, 2), 8.0)) == 16
+
+
+@pytest.mark.parametrize("rows", (5, 4096))
+def test_no_row_is_left_unseen(monkeypatch, rows):
+    monkeypatch.setattr(_check, "COMPARED", 64 * 16)
+    problem = _check.draw("rms_norm", (rows, 16), "float32")
+    (y, x), dparams, dx = jax.tree.map(
+        np.array, _check.program(_check.NORMS["rms_norm"])(*problem[1:])
+    )
+    assert not _check.errors_of(((y, x), dparams, dx), problem).too_large(rows)
+    y[3, 5] = np.nan
+    assert _check.errors_of(((y, x), dparams, dx), problem).too_large(rows)
+
+
+def test_a_call_is_timed_to_its_end(monkeypatch):
+    """By a clock that only waiting for the result moves."""
+    clock = [0.0]
+    monkeypatch.setattr(_check.time, "perf_counter", lambda: clock[0])
+
+    def wait(out):
+        clock[0] += 3.0 * (len(out) if isinstance(out, list) else 1)
+
+    monkeypatch.setattr(_check.jax, "block_until_ready", wait)
+    assert _check.seconds_of(lambda: None) == 3.0
+
+
 def test_a_few_features_are_judged_by_what_cancels(capsys):
     assert main(["check", "--shapes", "4096x4", "8x2", "--dtypes", "float32"]) == 0
     assert "WRONG" not in capsys.readouterr().out

@@ -328,6 +328,22 @@ def test_axes_are_read_as_flax_reads_them(axes, features):
     assert count_ops(model, x) == (1, 0)
 
 
+class HasItsOwnOffset(nnx.RMSNorm):
+    scale_offset = 1.0
+
+    def __call__(self, x):
+        return super().__call__(x) + self.scale_offset
+
+
+def test_a_subclass_that_uses_a_name_of_ours_is_left():
+    model = HasItsOwnOffset(FEATURES, rngs=nnx.Rngs(0))
+    want = model(X)
+    assert_equal(jln.nnx.replace(model)(X), want)
+    assert "'scale_offset' of its own" in str(jln.nnx.report(model))
+    also = {HasItsOwnOffset: lambda norm, x: jln.rms_norm({}, x) + norm.scale_offset}
+    assert_close(jln.nnx.replace(model, also=also)(X), want)
+
+
 @pytest.mark.parametrize("kind", [nnx.LayerNorm, nnx.RMSNorm])
 def test_stacked_parameters_are_refused_as_by_flax(kind):
     """They would broadcast against as many rows of `x`."""
