@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
                         choices=tuple(programs.PROGRAMS))  # fmt: skip
     peers.add_argument(parser, NORMS, (*peers.JAX_NORMS, EQUATIONS))
     parser.add_argument("--shape", type=shapes.parse, default=shapes.SHAPES["large"])
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    shapes.add_dtypes(parser, "bfloat16", "float32")
     parser.add_argument(
         "--kernels", action="store_true", help="also print the bytes of each kernel"
     )

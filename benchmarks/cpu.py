@@ -201,7 +201,7 @@ def plot(results: list[dict[str, Any]], where: dict[str, Any], path: str) -> Non
 def main(arguments: list[str] | None = None) -> None:
     parser = report.parser(__doc__)
     shapes.add_argument(parser, CPU_SHAPES)
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    shapes.add_dtypes(parser, "float32", "bfloat16")
     parser.add_argument("--programs", nargs="+", default=PROGRAMS, choices=PROGRAMS)
     peers.add_argument(parser, NORMS, (*peers.NORMS, *BASELINES))
     parser.add_argument("--repetitions", type=int, default=11)

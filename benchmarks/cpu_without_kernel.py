@@ -25,7 +25,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jax_layernorm as jln
-from benchmarks.support import report, timing
+from benchmarks.support import report, shapes, timing
 
 
 class Case(NamedTuple):
@@ -107,7 +107,7 @@ def measure(
 def main(arguments: list[str] | None = None) -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    shapes.add_dtypes(parser, "float32", "bfloat16")
     parser.add_argument("--programs", nargs="+", default=PROGRAMS, choices=PROGRAMS)
     parser.add_argument("--norms", nargs="+", default=NORMS, choices=NORMS)
     parser.add_argument("--repetitions", type=int, default=15)

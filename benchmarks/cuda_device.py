@@ -238,7 +238,7 @@ def main(command_line: list[str] | None = None) -> int:
     parser = report.parser(__doc__)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
     shapes.add_argument(parser, SHAPES)
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    shapes.add_dtypes(parser, "bfloat16", "float32")
     parser.add_argument("--tables", nargs="+", default=[*TABLES], choices=[*TABLES])
     parser.add_argument("--calls", type=int, default=20, help="calls to profile")
     parser.add_argument("--seconds", type=float, default=560, help="time limit")

@@ -208,7 +208,7 @@ def measure_torch(options: Any) -> list[dict[str, Any]]:
 def parser() -> argparse.ArgumentParser:
     made = report.parser(__doc__)
     shapes.add_argument(made, DEFAULT_SHAPES)
-    made.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    shapes.add_dtypes(made, "bfloat16", "float32")
     made.add_argument(
         "--programs", nargs="+", default=PROGRAMS, choices=(*PROGRAMS, *MORE_PROGRAMS)
     )

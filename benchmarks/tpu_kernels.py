@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--generations", nargs="+", default=["v5e"],
                         choices=compilers.GENERATIONS["tpu"])  # fmt: skip
     shapes.add_argument(parser, (*LARGE, *SMALL))
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    shapes.add_dtypes(parser, "bfloat16", "float32")
     parser.add_argument("--passes", nargs="+", default=tpu_passes.PASSES,
                         choices=tpu_passes.PASSES)  # fmt: skip
     # One norm per run, because the compiler can abort when it writes the schedules of

@@ -33,12 +33,14 @@ def parse(text: str) -> Shape:
     if text in SHAPES:
         return SHAPES[text]
     try:
-        rows, features = map(int, text.split("x"))
-    except ValueError:
-        raise ValueError(
+        shape = Shape(*map(int, text.split("x")))
+        if min(shape) < 1:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise argparse.ArgumentTypeError(
             f"a shape is one of {', '.join(SHAPES)}, or ROWSxFEATURES; got {text!r}."
         ) from None
-    return Shape(rows, features)
+    return shape
 
 
 def add_argument(parser: argparse.ArgumentParser, default: Sequence[str]) -> None:
@@ -46,4 +48,12 @@ def add_argument(parser: argparse.ArgumentParser, default: Sequence[str]) -> Non
     parser.add_argument(
         "--shapes", nargs="+", type=parse, metavar="ROWSxFEATURES",
         default=list(map(parse, default)),
+    )  # fmt: skip
+
+
+def add_dtypes(parser: argparse.ArgumentParser, *default: str) -> None:
+    """`--dtypes`; if none is given, `default`."""
+    parser.add_argument(
+        "--dtypes", nargs="+", default=[*default],
+        choices=("bfloat16", "float16", "float32"),
     )  # fmt: skip

@@ -259,6 +259,23 @@ def test_a_program_that_uses_some_gradients_computes_those(around):
     assert computed(some("scale")) == {"dscale"} | scanned
 
 
+def test_what_only_dx_needs_is_not_computed_if_dx_is_not_used():
+    """Here the scale and the cotangent of the sum."""
+    x = jnp.ones((ROWS, FEATURES))
+
+    def step(scale, x, dresidual_out):
+        def norm(scale, x):
+            return jln.add_layer_norm({"scale": scale}, x, x)
+
+        _, pullback = jax.vjp(norm, jnp.sin(scale), x)
+        dscale, _ = pullback((x, jnp.cos(dresidual_out)))
+        return dscale
+
+    program = lowered(step, x[0], x, x)
+    assert "sine" in program  # the forward pass needs the scale
+    assert "cosine" not in program
+
+
 def test_statistics_that_a_program_does_not_use_are_not_computed():
     implementations.needed("native_cpu")
 

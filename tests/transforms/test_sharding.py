@@ -268,9 +268,7 @@ def test_gradients_over_an_axis_of_vmap_are_those_of_the_unsplit_norm(
 ):
     x = draw(3, 4, 5, seed=0, offset=3.0)  # rows, parts, elements of each
     mask = np.random.default_rng(1).random((3, 4, 5)) > 0.3 if masked else None
-    weights = jax.tree.map(functools.partial(draw, seed=2), (3, 4, 5)) and draw(
-        3, 4, 5, seed=2
-    )
+    weights = draw(3, 4, 5, seed=2)
     if masked:
         mask[0, 1], mask[1, 0] = False, False  # parts without elements
     options = {"return_statistics": True, "custom_vjp": custom_vjp}
