@@ -178,6 +178,17 @@ def test_bad_options_are_refused(options, error, says):
         jln.layer_norm({}, X, **options)
 
 
+def test_numpys_float64_is_float32_without_x64():
+    y = jln.layer_norm({"scale": np.ones(8)}, np.ones((2, 8)))
+    assert y.dtype == jnp.float32
+
+
+def test_the_error_of_a_named_implementation_names_the_platform():
+    traced = jax.jit(lambda x: jln.layer_norm({}, x, implementation="pallas_tpu"))
+    with raises(NotImplementedError, "layer_norm_forward on 'cpu': it supports TPUs"):
+        traced.lower(X)
+
+
 def test_an_offset_that_is_rounded_must_be_finite_then():
     params = {"scale": jnp.ones(8, jnp.float16)}
     jln.layer_norm(params, X, scale_offset=-1e5)

@@ -132,6 +132,21 @@ def test_a_function_without_a_gradient_is_explained():
         assert jln.explain({}, x, function=function) == jln.explain({}, x)
 
 
+def test_a_function_without_a_norm_is_refused():
+    with pytest.raises(ValueError, match="got one that calls none"):
+        jln.explain({}, jnp.ones((4, 8)), function=lambda params, x: x)
+
+
+def test_the_reasons_are_those_of_the_others():
+    implementations.needed("native_cpu")
+    x = jnp.ones((4, 8))
+    for name in (None, "xla"):
+        for choice in jln.explain({}, x, implementation=name).values():
+            assert {*choice.reasons} == {*_kernels.KERNELS} - {choice.implementation}
+    choice = jln.explain({}, x, implementation="xla")["cpu"]
+    assert choice.reasons["native_cpu"] == "implementation='xla' was asked for"
+
+
 def test_nothing_is_computed():
     shape = jax.ShapeDtypeStruct((2**20, 2**20), "float32")  # four terabytes
     assert jln.explain({}, shape)["cpu"].implementation in _kernels.KERNELS
