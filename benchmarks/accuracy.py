@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--offsets", nargs="+", type=float, default=OFFSETS)
     shapes.add_argument(parser, DEFAULT_SHAPES)
     peers.add_argument(parser, NORMS, peers.NORMS)
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=report.positive, default=2)
     options = parser.parse_args(arguments)
 
     where = report.environment()

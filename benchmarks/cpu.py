@@ -204,13 +204,15 @@ def main(arguments: list[str] | None = None) -> None:
     shapes.add_dtypes(parser, "float32", "bfloat16")
     parser.add_argument("--programs", nargs="+", default=PROGRAMS, choices=PROGRAMS)
     peers.add_argument(parser, NORMS, (*peers.NORMS, *BASELINES))
-    parser.add_argument("--repetitions", type=int, default=11)
+    parser.add_argument("--repetitions", type=report.positive, default=11)
     parser.add_argument(
-        "--threads", nargs="+", type=int, default=[os.cpu_count()],
+        "--threads", nargs="+", type=report.positive, default=[os.cpu_count()],
         help="cores to use; each number runs in a separate process",
     )  # fmt: skip
     parser.add_argument("--plot", metavar="FILE", help="also draw joint's ratios here")
     options = parser.parse_args(arguments)
+    if options.plot and not ("ours" in options.norms and "joint" in options.programs):
+        parser.error("--plot draws joint over ours, so it needs both")
 
     where = report.environment()
     if len(options.threads) == 1:

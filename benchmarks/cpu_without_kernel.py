@@ -51,16 +51,16 @@ NORMS = ("xla", "flax", "flax two-pass")
 Norm = Callable[..., Any]
 
 
-def norms(case: Case, mask: Any, dtype: Any) -> dict[str, Norm]:
-    """Each takes `(params, x, residual)`; the residual is None if there is none."""
+def norms(case: Case, dtype: Any) -> dict[str, Norm]:
+    """Each takes `(params, x, residual, mask)`, of which the last two may be None."""
 
-    def ours(params: Any, x: Any, residual: Any) -> Any:
+    def ours(params: Any, x: Any, residual: Any, mask: Any) -> Any:
         options = {"axis": case.axis, "mask": mask, "implementation": "xla"}
         if residual is None:
             return jln.layer_norm(params, x, **options)
         return jln.add_layer_norm(params, x, residual, **options)
 
-    def flax(params: Any, x: Any, residual: Any, **options: Any) -> Any:
+    def flax(params: Any, x: Any, residual: Any, mask: Any, **options: Any) -> Any:
         norm = linen.LayerNorm(
             reduction_axes=case.axis, feature_axes=case.axis, dtype=dtype, **options
         )
@@ -72,8 +72,9 @@ def norms(case: Case, mask: Any, dtype: Any) -> dict[str, Norm]:
     return dict(zip(NORMS, (ours, flax, two_pass), strict=True))
 
 
-def with_gradients(norm: Norm, params: Any, x: Any, residual: Any) -> Any:
-    y, pullback = jax.vjp(norm, params, x, residual)
+def with_gradients(norm: Norm, params: Any, x: Any, residual: Any, mask: Any) -> Any:
+    masked = functools.partial(norm, mask=mask)
+    y, pullback = jax.vjp(masked, params, x, residual)
     return y, pullback(y)
 
 
@@ -88,12 +89,12 @@ def measure(
         mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
         x = jax.device_put(x, NamedSharding(mesh, P("data")))
     params = jln.init_params(case.shape[case.axis])
-    arguments = (params, x, residual if case.residual else None)
+    arguments = (params, x, residual if case.residual else None, mask)
     programs = {
         name: jax.jit(
             norm if program == "inference" else functools.partial(with_gradients, norm)
         )
-        for name, norm in norms(case, mask, jnp.dtype(dtype)).items()
+        for name, norm in norms(case, jnp.dtype(dtype)).items()
         if name in wanted
     }
     calls = {
@@ -110,7 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
     shapes.add_dtypes(parser, "float32", "bfloat16")
     parser.add_argument("--programs", nargs="+", default=PROGRAMS, choices=PROGRAMS)
     parser.add_argument("--norms", nargs="+", default=NORMS, choices=NORMS)
-    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--repetitions", type=report.positive, default=15)
     options = parser.parse_args(arguments)
     if jax.config.jax_num_cpu_devices < 2:
         jax.config.update("jax_num_cpu_devices", 2)

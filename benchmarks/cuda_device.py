@@ -240,7 +240,9 @@ def main(command_line: list[str] | None = None) -> int:
     shapes.add_argument(parser, SHAPES)
     shapes.add_dtypes(parser, "bfloat16", "float32")
     parser.add_argument("--tables", nargs="+", default=[*TABLES], choices=[*TABLES])
-    parser.add_argument("--calls", type=int, default=20, help="calls to profile")
+    parser.add_argument(
+        "--calls", type=report.positive, default=20, help="calls to profile"
+    )
     parser.add_argument("--seconds", type=float, default=560, help="time limit")
     options = parser.parse_args(command_line)
     stages = options.stages or STAGES

@@ -128,10 +128,12 @@ def modules() -> dict[str, Callable[..., Any]]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = report.parser(__doc__)
-    parser.add_argument("--widths", nargs="+", type=int, default=[128, 256])
-    parser.add_argument("--layers", type=int, default=decoder.DecoderConfig.layers)
+    parser.add_argument("--widths", nargs="+", type=report.positive, default=[128, 256])
+    parser.add_argument(
+        "--layers", type=report.positive, default=decoder.DecoderConfig.layers
+    )
     peers.add_argument(parser, NORMS, modules())
-    parser.add_argument("--repetitions", type=int, default=31)
+    parser.add_argument("--repetitions", type=report.positive, default=31)
     options = parser.parse_args(arguments)
     where = report.environment()
     report.print_environment(where)

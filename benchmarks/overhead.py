@@ -147,10 +147,12 @@ def profile(function: Callable[[], object], lines: int, repetitions: int) -> Non
 def main(arguments: list[str] | None = None) -> None:
     parser = report.parser(__doc__)
     peers.add_argument(parser, NORMS, peers.JAX_NORMS)
-    parser.add_argument("--count", type=int, default=48, help="norms lowered together")
-    parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--features", type=int, default=128)
+    parser.add_argument(
+        "--count", type=report.positive, default=48, help="norms lowered together"
+    )
+    parser.add_argument("--repetitions", type=report.positive, default=9)
+    parser.add_argument("--batch", type=report.positive, default=8)
+    parser.add_argument("--features", type=report.positive, default=128)
     parser.add_argument(
         "--profile", metavar="NAME", help="only profile the lowering of flax, ours, ..."
     )

@@ -239,11 +239,13 @@ COLUMNS = {
 def main(arguments: list[str] | None = None) -> None:
     parser = report.parser(__doc__)
     parser.add_argument("--models", nargs="+", default=[*SOURCES], choices=[*SOURCES])
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--length", type=int, default=128, help="tokens in an example")
-    parser.add_argument("--repetitions", type=int, default=21)
+    parser.add_argument("--width", type=report.positive, default=256)
+    parser.add_argument("--layers", type=report.positive, default=4)
+    parser.add_argument("--batch", type=report.positive, default=8)
+    parser.add_argument(
+        "--length", type=report.positive, default=128, help="tokens in an example"
+    )
+    parser.add_argument("--repetitions", type=report.positive, default=21)
     peers.add_allow_xla(parser)
     options = parser.parse_args(arguments)
     where = report.environment()

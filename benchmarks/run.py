@@ -24,6 +24,7 @@ import argparse
 import functools
 import pathlib
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -215,7 +216,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rms", action="store_true", help="RMS norms")
     known = dict.fromkeys((*peers.JAX_NORMS, "copy", *torch_gpu.NORMS))
     peers.add_argument(made, NORMS, known)
-    made.add_argument("--calls", type=int, default=20, help="calls to profile")
+    made.add_argument(
+        "--calls", type=report.positive, default=20, help="calls to profile"
+    )
     return made
 
 
@@ -257,6 +260,8 @@ def main(command_line: list[str] | None = None) -> None:
                     [[*map(c.get, header), ours and c[clock] / ours] for c in cases],
                 )
                 report.write_json(options.json, where, results, ours=implementation)
+    if not results:
+        sys.exit("nothing was measured: no norm named can run here")
 
 
 if __name__ == "__main__":

@@ -162,9 +162,12 @@ def of_step(
 def main(arguments: list[str] | None = None) -> None:
     parser = report.parser(__doc__)
     parser.add_argument("table", choices=("placements", "decoder"))
-    parser.add_argument("--devices", nargs="+", type=int, default=[8])
+    parser.add_argument("--devices", nargs="+", type=report.positive, default=[8])
     parser.add_argument("--tpu", action="store_true", help="compile for a TPU v5e")
     options = parser.parse_args(arguments)
+    model = {"placements": 2, "decoder": 4}[options.table]
+    if any(count % model for count in options.devices):
+        parser.error(f"--devices must be multiples of {model}; got {options.devices}")
     if options.tpu:
         reason = compilers.unavailable("tpu")
         if reason is not None:

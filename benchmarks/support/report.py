@@ -24,6 +24,14 @@ def parser(doc: str, *, json: bool = True) -> argparse.ArgumentParser:
     return made
 
 
+def positive(text: str) -> int:
+    """The type of an option that counts something."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"it must be 1 or more; got {number}")
+    return number
+
+
 def environment(device: str | None = None) -> dict[str, Any]:
     """Device, versions and date; nothing that names this machine."""
     import jax_layernorm

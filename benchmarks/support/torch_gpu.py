@@ -2,7 +2,8 @@
 
 "torch" is torch's norm, "torch.compile" is that norm compiled alone, "liger" is the
 Triton kernel of liger-kernel, and "quack rms" is the RMS norm of quack-kernels, which has
-no layer norm with a bias. torch's profiler gives the times of the kernels.
+no layer norm with a bias. Parameters have the dtype of x, because torch's norm takes no
+others. torch's profiler gives the times of the kernels.
 """
 
 from __future__ import annotations
@@ -55,8 +56,6 @@ def norm_of(name: str) -> Callable[..., Any]:
     import torch
 
     def norm(x: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        # As in mixed precision, because torch's norm takes parameters in the dtype of x.
-        scale, bias = scale.to(x.dtype), bias.to(x.dtype)
         return torch.nn.functional.layer_norm(x, x.shape[-1:], scale, bias, EPSILON)
 
     if name == "torch":
@@ -135,19 +134,20 @@ def rows_of(
     norm = norm_of(name)
     generator = torch.Generator(device).manual_seed(0)
 
-    def draw(*size: int, dtype: Any = torch.float32) -> torch.Tensor:
-        return torch.randn(size, generator=generator, device=device).to(dtype)
-
     kind = getattr(torch, dtype)
+
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(size, generator=generator, device=device).to(kind)
+
     array = shape[0] * shape[1] * kind.itemsize
     sets = max(1, min(8, (256 << 20) // (3 * array)))  # so that no cache holds them
     made = [
         programs_of(
             norm,
-            draw(*shape, dtype=kind).requires_grad_(),
+            draw(*shape).requires_grad_(),
             draw(shape[1]).requires_grad_(),
             draw(shape[1]).requires_grad_(),
-            draw(*shape, dtype=kind),
+            draw(*shape),
         )
         for _ in range(sets)
     ]

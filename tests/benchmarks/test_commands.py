@@ -33,6 +33,22 @@ def test_help(name, command, capsys):
     assert "--norm" in out and "--json FILE" in out
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments", "reason"),
+    (
+        ("cpu", ["--repetitions", "0"], "it must be 1 or more; got 0"),
+        ("cpu", ["--plot", "x.png", "--norms", "flax"], "--plot draws joint over ours"),
+        ("scaling", ["decoder", "--devices", "6"], "must be multiples of 4; got [6]"),
+        ("run", ["--norms", "torch"], "nothing was measured"),
+    ),
+)
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="run measures torch on GPUs")
+def test_what_cannot_be_measured_is_refused(name, arguments, reason, command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command(name).main(arguments)
+    assert reason in f"{stopped.value.code} {capsys.readouterr().err}"
+
+
 def test_accuracy(command, tmp_path, capsys):
     path = tmp_path / "accuracy.json"
     command("accuracy").main(
