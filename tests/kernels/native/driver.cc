@@ -3,10 +3,13 @@
 //   driver CASES SEED
 //
 // compares CASES random problems with long double, each on a random instruction set of
-// those that this processor has, and runs the tests of threads.
+// those that this processor has, and runs the tests of threads and of a huge array.
 //
 // A problem has random dtypes, shapes, alignments, groups of parameters and optional
 // arrays. The reference is the textbook formula on scalars, in two passes in long double.
+
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
@@ -544,6 +547,37 @@ void conversions() {
 
 // ---- threads --------------------------------------------------------------------------
 
+// Forward and backward of layer norm. `sums` gets mean, mean_low, rstd, dscale and dbias.
+void both_passes(int64_t rows, int64_t features, In x, In dy, In scale, Out y, Out dx,
+                 float* sums, Pool& pool, const RowKernels& kernels) {
+  ForwardProblem f{};
+  f.center = true;
+  f.rows = rows;
+  f.features = features;
+  f.epsilon = 1e-6;
+  f.x = x;
+  f.scale = scale;
+  f.y = y;
+  f.mean = {sums, kFloat32, 1};
+  f.mean_low = {sums += rows, kFloat32, 1};
+  f.rstd = {sums += rows, kFloat32, 1};
+  check(run(f, kernels, pool), "memory");
+  BackwardProblem b{};
+  b.center = true;
+  b.rows = rows;
+  b.features = features;
+  b.x = x;
+  b.scale = scale;
+  b.mean = {f.mean.data, kFloat32, 1};
+  b.mean_low = {f.mean_low.data, kFloat32, 1};
+  b.rstd = {f.rstd.data, kFloat32, 1};
+  b.dy = dy;
+  b.dx = dx;
+  b.dscale = {sums += rows, kFloat32, 1};
+  b.dbias = {sums += features, kFloat32, 1};
+  check(run(b, kernels, pool), "memory");
+}
+
 struct Problem {
   explicit Problem(int64_t rows, int64_t features, uint64_t seed)
       : x(rows * features), dy(rows * features), scale(features, 1.5f), rows(rows),
@@ -554,37 +588,12 @@ struct Problem {
     for (auto& v : dy) v = draw(random);
   }
 
-  // Returns y, mean, mean_low, rstd, dx, dscale and dbias in one array.
+  // Returns y, dx, mean, mean_low, rstd, dscale and dbias in one array.
   std::vector<float> run_on(Pool& pool, const RowKernels& kernels) const {
     const int64_t n = rows * features;
     std::vector<float> out(2 * n + 3 * rows + 2 * features);
-    float* at = out.data();
-    ForwardProblem f{};
-    f.center = true;
-    f.rows = rows;
-    f.features = features;
-    f.epsilon = 1e-6;
-    f.x = {x.data(), kFloat32, 1};
-    f.scale = {scale.data(), kFloat32, 1};
-    f.y = {at, kFloat32, 1};
-    f.mean = {at += n, kFloat32, 1};
-    f.mean_low = {at += rows, kFloat32, 1};
-    f.rstd = {at += rows, kFloat32, 1};
-    check(run(f, kernels, pool), "memory");
-    BackwardProblem b{};
-    b.center = true;
-    b.rows = rows;
-    b.features = features;
-    b.x = f.x;
-    b.scale = f.scale;
-    b.mean = {f.mean.data, kFloat32, 1};
-    b.mean_low = {f.mean_low.data, kFloat32, 1};
-    b.rstd = {f.rstd.data, kFloat32, 1};
-    b.dy = {dy.data(), kFloat32, 1};
-    b.dx = {at += rows, kFloat32, 1};
-    b.dscale = {at += n, kFloat32, 1};
-    b.dbias = {at += features, kFloat32, 1};
-    check(run(b, kernels, pool), "memory");
+    both_passes(rows, features, {x.data()}, {dy.data()}, {scale.data()}, {out.data()},
+                {out.data() + n}, out.data() + 2 * n, pool, kernels);
     return out;
   }
 
@@ -651,6 +660,61 @@ void busy_pool() {
   go = true;  // now the pool runs tasks of a norm that has already returned
 }
 
+// ---- more elements than 32 bits count -------------------------------------------------
+
+// A long array in little memory: one piece over and over, and another piece at the end.
+class Repeated {
+ public:
+  Repeated(int64_t piece_bytes, int64_t times) : bytes_(piece_bytes * (times + 1)) {
+    const int file = memfd_create("pieces", 0);
+    bool right = file >= 0 && ftruncate(file, 2 * piece_bytes) == 0;
+    data_ = static_cast<char*>(mmap(nullptr, bytes_, PROT_NONE,
+                                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    for (int64_t i = 0; right && i <= times; ++i) {
+      right = mmap(data_ + i * piece_bytes, piece_bytes, PROT_READ | PROT_WRITE,
+                   MAP_SHARED | MAP_FIXED, file, i == times ? piece_bytes : 0) !=
+              MAP_FAILED;
+    }
+    close(file);
+    if (!right) {
+      std::perror("an array of repeated pieces");
+      std::exit(1);
+    }
+  }
+  ~Repeated() { munmap(data_, bytes_); }
+  char* data() { return data_; }
+
+ private:
+  int64_t bytes_;
+  char* data_;
+};
+
+// The rows at the end, from element 2**31 on, have the bits that they have alone.
+void more_than_32_bits() {
+  current = "more than 2**31 elements";
+  const int64_t features = 1 << 16, last = 32, times = 1024, rows = last * (times + 1);
+  const int64_t piece = last * features, bytes = 2 * piece, start = bytes * times;
+  Repeated x(bytes, times), dy(bytes, times), y(bytes, times), dx(bytes, times);
+  std::mt19937_64 random(11);
+  std::normal_distribution<float> draw;
+  for (char* data : {x.data(), dy.data(), x.data() + start, dy.data() + start}) {
+    for (int64_t i = 0; i < piece; ++i) set(data, kBFloat16, i, draw(random));
+  }
+  const std::vector<float> scale(features, 1.5f);
+  std::vector<char> y_alone(bytes), dx_alone(bytes);
+  std::vector<float> sums(3 * rows + 2 * features), sums_alone(3 * last + 2 * features);
+  Workers pool(2);
+  both_passes(rows, features, {x.data(), kBFloat16}, {dy.data(), kBFloat16},
+              {scale.data()}, {y.data(), kBFloat16}, {dx.data(), kBFloat16}, sums.data(),
+              pool, best_kernels());
+  both_passes(last, features, {x.data() + start, kBFloat16},
+              {dy.data() + start, kBFloat16}, {scale.data()},
+              {y_alone.data(), kBFloat16}, {dx_alone.data(), kBFloat16},
+              sums_alone.data(), pool, best_kernels());
+  check(std::memcmp(y.data() + start, y_alone.data(), bytes) == 0, "y");
+  check(std::memcmp(dx.data() + start, dx_alone.data(), bytes) == 0, "dx");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -660,6 +724,9 @@ int main(int argc, char** argv) {
   number_of_threads();
   callers_at_once();
   busy_pool();
+#if !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)  // too much memory
+  more_than_32_bits();
+#endif
   fuzz(cases, seed);
   std::printf(failures == 0 ? "all right\n" : "%d failures\n", failures);
   return failures != 0;
