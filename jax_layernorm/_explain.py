@@ -19,7 +19,8 @@ class Choice(NamedTuple):
       implementation: the name of the implementation that runs, forward and backward.
         "xla and cuda", say, if parts of the program differ, for example the two passes.
         None if the named implementation cannot run; the call then raises.
-      reasons: for each of the other implementations, why it does not run.
+      reasons: for each of the other implementations, why it does not run. If several
+        run, also where each of them does not, and why.
     """
 
     implementation: str | None
@@ -117,12 +118,12 @@ def _choice(decisions: list[_kernels.Decision]) -> Choice:
             "function must call one of the norms of jax_layernorm; got one that calls"
             " none. Pass one of them, or a function that calls one."
         )
+    chosen = dict.fromkeys(decision.chosen for decision in decisions)
     reasons: dict[str, str] = {}
     for decision in decisions:
-        reasons |= decision.reasons
-    if any(decision.chosen is None for decision in decisions):
+        for name, reason in decision.reasons.items():
+            part = decision.op if name in chosen else None  # it runs elsewhere
+            reasons[name] = f"in {part}, {reason}" if part else reason
+    if None in chosen:
         return Choice(None, reasons)
-    chosen = dict.fromkeys(str(decision.chosen) for decision in decisions)
-    for name in chosen:
-        reasons.pop(name, None)
-    return Choice(" and ".join(chosen), reasons)
+    return Choice(" and ".join(map(str, chosen)), reasons)

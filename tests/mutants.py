@@ -6,10 +6,10 @@
 It draws a place in the code at random, then one of the slips that can be made there:
 cosmic-ray's operators (`+` for `-`, `<=` for `<`, `not`, numbers, True for False, `and`
 for `or`, a decorator or a loop's body left out), and a call replaced by its first
-argument. Annotations get no slips, because they are not executed. Each slip runs in a
-copy of the tree with the tests that concern its file (`TESTS`), the quickest first, until
-a test fails. Survivors are printed as differences. The exit code is 1 if less than 90 %
-are killed.
+argument. Annotations and overloads get no slips, because they are not executed. Each
+slip runs in a copy of the tree with the tests that concern its file (`TESTS`), the
+quickest first, until a test fails. Survivors are printed as differences. The exit code is
+1 if less than 90 % are killed.
 """
 
 from __future__ import annotations
@@ -62,6 +62,21 @@ TESTS = {  # for each file; the tests that are quickest and catch most come firs
     "_nnx_replace.py": "flax/test_replace_nnx flax/test_replace_own",
     "_flax.py": "flax/test_nnx flax/test_replace_linen_left flax/test_flax_claims "
     "flax/test_linen flax/test_modules flax/test_replace_nnx flax/test_replace_linen",
+    "_functions.py": "core/test_functions core/test_arguments core/test_guards "
+    "core/test_round_before_scale core/test_explain core/test_saved",
+    "_explain.py": "core/test_explain core/test_explain_placements",
+    "_check.py": "core/test_check",
+    "_linen_norms.py": "flax/test_linen flax/test_modules flax/test_flax_claims",
+    "_nnx_norms.py": "flax/test_nnx flax/test_modules flax/test_flax_claims",
+    "_safetensors.py": "flax/test_convert",
+    "convert.py": "flax/test_convert",
+    "_kernels/_rows.py": f"kernels/test_rows kernels/test_native_cpu {MIXED}",
+    "_kernels/native_cpu/__init__.py": "kernels/test_native_cpu "
+    "kernels/test_native_cpu_calls kernels/test_rows core/test_functions",
+    "_kernels/cuda/__init__.py": "kernels/test_cuda core/test_explain",
+    "_kernels/cuda/_tiles.py": "kernels/test_cuda",
+    "_kernels/cuda/_compile.py": "kernels/test_cuda",
+    "_kernels/pallas_tpu/__init__.py": "kernels/test_pallas_tpu core/test_explain",
 }
 OPERATORS = (
     *(f"core/ReplaceBinaryOperator_{a}_{b}" for a, b in (
@@ -126,7 +141,7 @@ class Mutant:
 
 
 def executed(code: str) -> str | None:
-    """The program without annotations and docstrings; None if it is not a program."""
+    """The program without annotations, docstrings and overloads; None if it is none."""
     try:
         tree = ast.parse(code)
     except SyntaxError:
@@ -138,14 +153,17 @@ def executed(code: str) -> str | None:
             node.returns = None
         body = getattr(node, "body", None)
         if isinstance(body, list):
-            node.body = [
-                line
-                for line in body
-                if not (
-                    isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
-                )
-            ] or [ast.Pass()]
+            node.body = [line for line in body if not _is_description(line)] or [
+                ast.Pass()
+            ]
     return ast.dump(tree)
+
+
+def _is_description(line: ast.stmt) -> bool:
+    """Whether it is a docstring or an overload."""
+    if isinstance(line, ast.FunctionDef):
+        return any(ast.unparse(d) == "overload" for d in line.decorator_list)
+    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant)
 
 
 def mutants_of(file: str) -> dict[tuple[int, int], list[Mutant]]:

@@ -71,11 +71,13 @@ DEVICES = {"cpu": "CPUs", "cuda": "CUDA GPUs", "rocm": "ROCm GPUs", "tpu": "TPUs
 class Decision(NamedTuple):
     """One choice: the implementation that runs, and why each of the others does not.
 
-    `chosen` is None if the implementation that was asked for cannot run.
+    `chosen` is None if the implementation that was asked for cannot run. `op` is the pass
+    that it runs, or None for equations that JAX differentiates.
     """
 
     chosen: str | None
     reasons: dict[str, str]
+    op: str | None = None
 
 
 class Record:
@@ -100,15 +102,15 @@ def record_decisions() -> Iterator[list[Decision]]:
         yield record.decisions
 
 
-def _decide(chosen: str | None, reasons: dict[str, str]) -> None:
+def _decide(decision: Decision) -> None:
     record: Record | None = _recording.value
     if record is not None:
-        record.decisions.append(Decision(chosen, reasons))
+        record.decisions.append(decision)
 
 
 def _decide_for_equations(reason: str) -> None:
     """Records that XLA compiles the equations and no kernel runs, and why."""
-    _decide("xla", {name: reason for name in KERNELS if name != "xla"})
+    _decide(Decision("xla", {name: reason for name in KERNELS if name != "xla"}))
 
 
 def select(problem: Problem) -> Callable[..., Any]:
@@ -137,7 +139,7 @@ def select(problem: Problem) -> Callable[..., Any]:
     chosen = next(iter(able), None)
     for each in [*able][1:]:
         reasons[each] = f"{chosen} is preferred"
-    _decide(chosen, reasons)
+    _decide(Decision(chosen, reasons, problem.op))
     if chosen is None:
         raise NotImplementedError(_cannot_run(name, problem, reasons[name]))
     return able[chosen]

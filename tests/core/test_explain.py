@@ -1,6 +1,7 @@
 """`explain` says what lowering decides, and `python -m jax_layernorm` prints it."""
 
 import functools
+import re
 import subprocess
 import sys
 
@@ -117,6 +118,19 @@ def test_a_function_that_jax_has_compiled_is_explained_as_before():
         fresh = jln.explain({}, x, function=function)
         jax.vjp(function, {}, x)[1](function({}, x))
         assert jln.explain({}, x, function=function) == fresh
+
+
+@pytest.mark.usefixtures("marking_kernel")
+def test_where_one_of_several_does_not_run_has_its_reason(x):
+    def two_norms(params, x):
+        return jln.layer_norm(params, jln.layer_norm(params, x), implementation="xla")
+
+    choice = jln.explain({}, x, function=two_norms)["cpu"]
+    assert {*choice.implementation.split(" and ")} == {"xla", "marking"}
+    part = "in layer_norm_(forward|backward), "
+    assert re.match(part + "implementation='xla'", choice.reasons["marking"])
+    assert re.match(part + "marking is preferred", choice.reasons["xla"])
+    assert choice.reasons["native_cpu"]
 
 
 def test_a_function_without_a_gradient_is_explained():

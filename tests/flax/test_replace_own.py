@@ -259,6 +259,18 @@ def test_the_implementation_may_be_named(case):
         lowered("fast")
 
 
+@for_both
+def test_a_function_that_names_an_implementation_keeps_it(api):
+    norm, params = prepare_llama(api, LLAMA[api].norm)
+
+    def named(norm, x):
+        return jln.rms_norm({}, x, implementation="xla")
+
+    with replaced(norm, {LLAMA[api].norm: named}, implementation="pallas_tpu"):
+        # pallas_tpu would be refused on this platform.
+        jax.jit(as_function(norm)).lower(params, X)
+
+
 # Parameters, checkpoints and copies.
 
 

@@ -31,6 +31,7 @@ static_assert(kWarps ? kThreads % 32 == 0 : 32 % kThreads == 0 && kBlock % 32 ==
               "a row has whole warps, or a warp whole rows");
 static_assert(kWarps <= 1 || kGroups <= 15, "a block has 16 barriers, one is its own");
 static_assert(kCluster == 1 || kGroups == 1, "a cluster works on one row at a time");
+static_assert(kCluster == 1 || kCluster * kWarps > 8, "sum_row needs it");
 
 #define UNROLL _Pragma("unroll")
 // For each vector v of a thread, and each element i of it.
@@ -155,7 +156,8 @@ DEVICE void sum_lanes(Two& x, int lanes) {
 // A set of sums is free again at the call after next: in the call between, a thread waits
 // for all warps of the row, and each of them has read the set before it takes part in that
 // call. So a block has received all that was sent to it when its last call returns, and
-// may end.
+// may end. In a cluster, sending orders nothing that was read before it; but with more than
+// 8 parts a warp cannot send before its lanes have exchanged what they read.
 DEVICE Two sum_row(Two x, WarpSums& sums, int turn, int group, int t, int rank) {
   constexpr int parts = kCluster * kWarps;
   sum_lanes(x, kThreads < 32 ? kThreads : 32);
