@@ -187,7 +187,8 @@ for norm in LABEL:
     assert held_out_bits["pre", norm].max() < byte_frequencies - 0.5
     pre, post = held_out_bits["pre", norm], held_out_bits["post", norm]
     assert pre.mean() + 0.2 < post.mean()
-assert max(held_out_bits["post", norm].max() for norm in LABEL) > byte_frequencies - 0.4
+post = np.concatenate([held_out_bits["post", norm] for norm in LABEL])
+assert sum(post > byte_frequencies - 0.1) >= 3
 
 # %% [markdown]
 # ## 3. The curves
@@ -217,9 +218,9 @@ plt.show()
 
 # %% [markdown]
 # In pre placement all six runs learn, and the two norms give nearly the same curves. In
-# post placement only one of six runs learns: layer norm with seed 0 falls below the
-# byte frequencies from about step 180 on. The other five stay within 0.2 bits of them
-# to the end.
+# post placement most do not: layer norm with seed 0 falls below the byte frequencies
+# from about step 180 on, RMS norm with seed 0 has just begun to at the end, and the
+# other four stay within 0.1 bits of them.
 #
 # Is post placement worse, or is the learning rate too high for it? To find out, we
 # train post placement with layer norm again, with a third of the learning rate.
@@ -299,7 +300,7 @@ assert abs(difference.mean()) < max(between_seeds.values())
 # two are equally good, the same norm is ahead with all three seeds in one of four such
 # experiments ($2 \cdot (1/2)^3$).
 #
-# **Pre or post.** Pre placement learned with every seed, and post placement did not.
+# **Pre or post.** Pre placement learned in all six runs, and post placement in one or two.
 # But the learning rate, the warmup and the initial parameters are those of the
 # example, whose default is pre placement. With a third of the learning rate, post
 # placement learns too. So these runs show that post placement is *more sensitive* to

@@ -45,16 +45,17 @@ class MeshShape(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> "MeshShape":
         """From text such as `data=4,model=2`; an axis that is left out is 1."""
-        sizes = dict(part.partition("=")[::2] for part in text.split(","))
+        parts = text.split(",")
+        sizes = dict(part.partition("=")[::2] for part in parts)
         try:
             shape = cls(
                 **{"data": 1, "model": 1} | {k: int(v) for k, v in sizes.items()}
             )
         except (TypeError, ValueError):
             shape = cls(0, 0)
-        if min(shape) < 1:
+        if min(shape) < 1 or len(sizes) < len(parts):
             raise ValueError(
-                "mesh must give the devices along data and model; "
+                "mesh must give the devices along data and model, each once; "
                 f"got {text!r}. Try data=4,model=2."
             )
         return shape

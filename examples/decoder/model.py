@@ -13,6 +13,7 @@ device the names mean nothing; on several devices, mesh.py says how the axes are
 Nothing here reads or writes a file.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
@@ -180,7 +181,8 @@ class Decoder(nn.Module):
         for layer in range(config.layers):
             x = Block(config, name=f"block_{layer}")(x)
         x = NORMS[config.norm](dtype=config.dtype, name="norm_out")(x)
-        return token.attend(x).astype(jnp.float32)
+        embedding = token.embedding.astype(x.dtype)
+        return jnp.dot(x, embedding.T, preferred_element_type=jnp.float32)
 
 
 def next_byte_losses(
@@ -217,9 +219,16 @@ def generate(
     seed: int = 0,
     temperature: float = 0.8,
 ) -> bytes:
-    """`length` bytes after `prompt`, each drawn from the `context` bytes before it."""
+    """`length` bytes after `prompt`, each drawn from the `context` bytes before it.
+
+    A lower temperature makes likely bytes likelier; 0 takes the likeliest of all.
+    """
     if not prompt:
         raise ValueError("prompt must hold at least one byte; got none.")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(
+            f"temperature must be finite and not negative; got {temperature}. Try 0.8."
+        )
     seen = list(prompt[-config.context :])
     window = jnp.zeros(config.context, jnp.int32).at[: len(seen)].set(jnp.array(seen))
     drawn = _generate(
@@ -234,7 +243,11 @@ def _generate(config, params, window, seen, length, key, temperature):
         window, seen = carry
         # What lies beyond `seen` does not matter: attention is causal.
         logits = Decoder(config).apply({"params": params}, window[None])[0, seen - 1]
-        byte = jax.random.categorical(key, logits / temperature)
+        byte = jnp.where(
+            temperature > 0,
+            jax.random.categorical(key, logits / temperature),
+            jnp.argmax(logits),
+        )
         full = seen == config.context
         window = (
             jnp.where(full, jnp.roll(window, -1), window)

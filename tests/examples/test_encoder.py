@@ -377,19 +377,66 @@ def test_bad_input_is_one_line_that_says_what_to_do(folder, capsys, arguments, m
 def test_a_folder_of_something_else_is_refused(folder, capsys, tmp_path):
     code, _, errors = run(capsys, "--model", tmp_path)
     assert code == 2 and "has no config.json and no model.safetensors" in errors
-    for name in program.FILES:
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "1_Pooling").mkdir()
+    right = {name: (folder / name).read_bytes() for name in program.FILES}
+    right[program.LIMITS] = b'{"max_seq_length": 6}'
+    right[program.MODULES] = b'[{"type": "x.Transformer"}, {"type": "x.Pooling"}]'
+    right[program.POOLING] = (
+        b'{"pooling_mode_mean_tokens": true, "include_prompt": true}'
+    )
+    other_heads, other_hidden = (
+        json.dumps(HUGGING_FACE | change).encode()
+        for change in ({"num_attention_heads": 5}, {"intermediate_size": 21})
+    )
     for broken, name, content in (
+        (None, "config.json", right["config.json"]),
         ("hidden_act must be 'gelu'", "config.json", b'{"hidden_act": "relu"}'),
         ("KeyError: vocab_size", "config.json", b"{}"),
+        ("AttributeError", "config.json", b"[]"),
         ("JSONDecodeError", "config.json", b"no JSON"),
+        ("width must be a multiple of heads; got 12 and 5", "config.json", other_heads),
+        ("['down']['kernel'] must have shape (21, 12)", "config.json", other_hidden),
         ("SafetensorError", "model.safetensors", b"no safetensors"),
+        ("raised Exception", "tokenizer.json", b"{}"),
+        ("KeyError: max_seq_length", program.LIMITS, b"{}"),
+        ("it has x.Dense", program.MODULES, b'[{"type": "x.Dense"}]'),
+        ("mode_cls", program.POOLING, b'{"pooling_mode_cls_token": true}'),
     ):
-        before = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(content)
+        for each, before in right.items():
+            (tmp_path / each).write_bytes(content if each == name else before)
         code, _, errors = run(capsys, "--model", tmp_path)
-        assert code == 2 and broken in errors and errors.count("\n") == 1
-        (tmp_path / name).write_bytes(before)
+        if broken is None:
+            assert code == 0
+        else:
+            assert code == 2 and broken in errors and errors.count("\n") == 1
+
+
+def test_weights_in_float16_are_computed_in_float32(folder, capsys, tmp_path):
+    import safetensors.numpy
+
+    for name in program.FILES:
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    halves = {name: value.astype("float16") for name, value in tiny_weights().items()}
+    safetensors.numpy.save_file(halves, tmp_path / "model.safetensors")
+    saved = tmp_path / "embeddings.npy"
+    assert run(capsys, "--model", tmp_path, "--save", saved, "a cat")[0] == 0
+    tokens, mask = np.array([[2, 4, 5, 3]]), np.ones((1, 4), bool)
+    right = embed(TINY, params_from_torch(TINY, halves), tokens, mask)
+    np.testing.assert_allclose(np.load(saved), right, atol=1e-6)
+    assert np.load(saved).dtype == "float32"
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder, capsys, tmp_path):
+    import safetensors.numpy
+
+    for name in program.FILES:
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps(HUGGING_FACE | {"vocab_size": 5}))
+    weights, words = tiny_weights(), "embeddings.word_embeddings.weight"
+    weights[words] = weights[words][:5].copy()
+    safetensors.numpy.save_file(weights, tmp_path / "model.safetensors")
+    code, _, errors = run(capsys, "--model", tmp_path, "a cat")
+    assert code == 2 and "it gives token 5, and the model knows 5" in errors
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,27 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_one_line(start, tmp_path):
     assert "Traceback" not in errors
 
 
+def test_a_last_loss_that_is_not_finite_is_noticed_too(tmp_path, capsys):
+    """The training loss of the only step is that of the initial parameters."""
+    arguments = [*TINY, "--learning-rate", "1e30", "--weight-decay", "0"]
+    arguments += ["--steps", "1", "--out", str(tmp_path / "run")]
+    assert train.main(arguments) == 1
+    assert "the loss must stay finite; it is nan at step 1" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "summary.txt").exists()
+
+
+def test_a_file_that_cannot_be_written_ends_with_one_line(
+    tmp_path, capsys, monkeypatch
+):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_folder, "save_checkpoint", full)
+    assert train.main([*TINY, "--out", str(tmp_path / "run")]) == 1
+    errors = capsys.readouterr().err
+    assert "train: a file cannot be read or written: [Errno 28] No space" in errors
+
+
 def test_a_damaged_checkpoint_ends_with_2_and_keeps_the_metrics(
     start, finished, tmp_path
 ):
@@ -220,12 +241,14 @@ def test_a_damaged_checkpoint_ends_with_2_and_keeps_the_metrics(
         ("\n2,", "\nx,", "needs the metrics.csv of the run; .*invalid literal"),
         ("\n2,", "\n2,9,", "needs the metrics.csv of the run; .*"),
         ("\n2,", "\n7,", "needs the rows of steps 1 to 11 in .*; it has 11"),
+        ("\n2,", "\n2,\udcff", "needs the metrics.csv of the run; .*can't decode"),
     ],
-    ids=["a letter", "a column too many", "another step"],
+    ids=["a letter", "a column too many", "another step", "no text"],
 )
 def test_damaged_metrics_are_refused_and_kept(finished, tmp_path, old, new, message):
     path = tmp_path / "metrics.csv"
-    path.write_text((finished[0] / "metrics.csv").read_text().replace(old, new))
+    text = (finished[0] / "metrics.csv").read_text().replace(old, new)
+    path.write_bytes(text.encode(errors="surrogateescape"))
     before = files(tmp_path)
     with pytest.raises(run_folder.UsageError, match=message):
         run_folder.cut_metrics(tmp_path, 11)
@@ -259,6 +282,7 @@ BAD = {
     "no heads": (["--heads", "0"], "heads must be at least 1; got 0"),
     "no context": (["--context", "0"], "context must be at least 1; got 0"),
     "no steps": (["--steps", "0"], "steps must be at least 1; got 0"),
+    "too many steps": (["--steps", "9" * 11], "steps must be below 2147483648; got 9"),
     "no batch": (["--batch", "0"], "batch must be at least 1; got 0"),
     "a model beyond memory": (
         ["--width", "10000000"],
@@ -281,6 +305,7 @@ BAD = {
         "got 0.003 .* Lower one of them.",
     ),
     "out without a name": (["--out", ""], "argument --out: must name a folder; got ''"),
+    "out that is no text": (["--out", "\udcff"], "--out: must be a name in UTF-8; got"),
     "a negative seed": (["--seed", "-1"], "seed must be from 0 to 4294967295; got -1"),
     "no validation": (
         ["--validate-every", "0"],
@@ -297,6 +322,18 @@ BAD = {
     "an unknown norm": (
         ["--norm", "batchnorm"],
         "argument --norm: invalid choice: 'batchnorm'",
+    ),
+    "a mesh with an axis twice": (
+        ["--mesh", "data=1,data=2"],
+        "mesh must give the devices along data and model, each once; got 'data=1,data=2'",
+    ),
+    "a coordinator without a port": (
+        ["--processes", "2", "--coordinator", "nohost"],
+        "coordinator must be HOST:PORT; got 'nohost'",
+    ),
+    "a cluster and a coordinator": (
+        ["--cluster", "--processes", "2", "--coordinator", "localhost:9876"],
+        "cluster takes coordinator and processes from the cluster",
     ),
     "an unknown option": (["--lr", "1"], "unrecognized arguments: --lr 1"),
     "a file as output": (
@@ -322,6 +359,10 @@ BAD = {
     "another text's output": (
         ["--out", "{finished}", "--resume", "--text", "{tmp}/long.txt"],
         "text_sha256 is",
+    ),
+    "a file instead of checkpoints": (
+        ["--out", "{tmp}/file", "--resume"],
+        "--resume needs a folder of checkpoints; .*checkpoints is a file",
     ),
     "files without a configuration": (
         ["--out", "{tmp}/odd", "--resume"],
@@ -352,6 +393,9 @@ def test_bad_input_gives_one_line_and_changes_nothing(
     (tmp_path / "long.txt").write_bytes(bytes(2000))
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "metrics.csv").touch()
+    (tmp_path / "file").mkdir()
+    for name in ("config.json", "checkpoints"):
+        (tmp_path / "file" / name).touch()
     before = files(tmp_path) | files(finished[0])
     given = [
         argument.format(tmp=tmp_path, finished=finished[0]) for argument in arguments
