@@ -6,6 +6,8 @@ All stages run in this order, unless some are named. Each prints its results as 
   values    every shape, dtype and norm, also with round_before_scale: errors in units in
             the last place against float64 NumPy, and whether a second run gives the same
             bits
+  skew      norms whose rows need clusters, with random pauses where blocks meet; the bits
+            must be those without pauses
   times     `benchmarks.run` for each of the tables below; FILE.TABLE.json
   graph     smoke in a CUDA graph, in a separate process
   sanitize  smoke under compute-sanitizer's racecheck and memcheck, in separate processes
@@ -29,8 +31,11 @@ import functools
 import itertools
 import json
 import os
+import pathlib
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -43,12 +48,13 @@ import jax.numpy as jnp
 from benchmarks import run
 from benchmarks.support import report, shapes
 from jax_layernorm import _check
-from jax_layernorm._kernels.cuda import _tiles
+from jax_layernorm._kernels.cuda import _compile, _tiles
 
-STAGES = ("smoke", "values", "times", "graph", "sanitize", "sweep")
+STAGES = ("smoke", "values", "skew", "times", "graph", "sanitize", "sweep")
 SHAPES = (
     "16384x4096", "4096x768", "32768x128", "8192x1024", "2048x16384", "8192x5120",
-    "4096x8192", "512x65536", "32769x1000", "8192x64", "20000x100",
+    "4096x8192", "512x65536", "32769x1000", "8192x64", "20000x100", "30x40000",
+    "1x65536",
 )  # fmt: skip
 LARGE = ("16384x4096", "4096x768", "32768x128", "8192x1024", "2048x16384")
 TABLES = {  # arguments of benchmarks.run
@@ -88,6 +94,20 @@ TABLES = {  # arguments of benchmarks.run
 CHECKED_ELEMENTS = 1 << 20
 """At the most: NumPy in float64 takes its time."""
 SMOKE = ("1000x1024", "300x16384", "40x65536", "70x33")
+SKEWED = ("700x20000", "100x40000", "40x65536")
+PAUSE = """{
+  uint32 now;
+  asm volatile("mov.u32 %0, %%clock;" : "=r"(now));
+  asm volatile("nanosleep.u32 %0;" :: "r"(now * 2654435761u >> 21));
+}
+"""
+"""Up to 2 microseconds of sleep, by the last bits of the clock."""
+EXPECT, WAIT = "if (t == 0) expect(", "wait_for(arrived, turn >> 1 & 1);"
+SKEWS = {  # text of row.cuh, and what takes its place
+    "warps come late": (EXPECT, PAUSE + EXPECT),
+    "the expectation comes late": (EXPECT, f"if (t == 0) {PAUSE} {EXPECT}"),
+    "sums are read late": (WAIT, WAIT + PAUSE),
+}
 TILES = {  # elements a thread, threads of a block, stages
     "forward": ((16, 768, 3), (8, 1024, 3), (16, 512, 3), (32, 512, 2), (8, 512, 4)),
     "backward": ((8, 1024, 3), (8, 768, 3), (16, 512, 3), (16, 512, 4), (8, 512, 4)),
@@ -160,6 +180,51 @@ def values(say: Say, options: Any) -> None:
         if rounds and dtype == "float32":  # where it changes nothing
             continue
         say(**checked(shape._replace(rows=rows), dtype, norm, **more))
+
+
+@contextlib.contextmanager
+def source_with(old: str, new: str) -> Iterator[None]:
+    """Kernels from a source in which `new` takes the place of `old`."""
+    kept = _compile.FOLDER
+    with tempfile.TemporaryDirectory() as folder:
+        for name in (*_compile.HEADERS, _compile.SOURCE):
+            shutil.copy(kept / name, folder)
+        header = pathlib.Path(folder) / "row.cuh"
+        text = header.read_text()
+        if text.count(old) != 1:
+            raise ValueError(f"row.cuh must have {old!r} once; it has not")
+        header.write_text(text.replace(old, new))
+        _compile.FOLDER = pathlib.Path(folder)
+        _compile.image.cache_clear()
+        jax.clear_caches()
+        try:
+            yield
+        finally:
+            _compile.FOLDER = kept
+            _compile.image.cache_clear()
+            jax.clear_caches()
+
+
+def skew(say: Say, options: Any, repetitions: int = 20) -> None:
+    problems = itertools.product(map(shapes.parse, SKEWED), ("layer_norm", "rms_norm"))
+    for shape, norm in in_time(problems, say, options):
+        problem = _check.draw(norm, tuple(shape), "bfloat16")
+        arguments = jax.device_put((problem.params, problem.arrays, problem.cotangents))
+
+        def bits(norm: str = norm, arguments: Any = arguments) -> set[bytes]:
+            """Those of all results, of every repetition."""
+            function = _check.program(_check.candidates(norm)["cuda"])
+            compiled = function.lower(*arguments).compile()
+            return {
+                b"".join(a.tobytes() for a in jax.tree.leaves(compiled(*arguments)))
+                for _ in range(repetitions)
+            }
+
+        right = bits()
+        for name, (old, new) in SKEWS.items():
+            with source_with(old, new):
+                same = bits() == right and len(right) == 1
+            say(shape=str(shape), norm=norm, skew=name, **{"same bits": same})
 
 
 def times(say: Say, options: Any) -> None:

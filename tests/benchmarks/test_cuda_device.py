@@ -53,6 +53,13 @@ def test_values_and_tiles(lines, monkeypatch):
     assert {row["norm"] for row in results} == {"cuda", "copy"}
 
 
+def test_skew(lines, monkeypatch):
+    monkeypatch.setattr(cuda_device, "SKEWED", ("3x48",))
+    code, (_, *skewed) = lines("skew")
+    assert code == 0 and len(skewed) == 2 * len(cuda_device.SKEWS)
+    assert all(line["same bits"] for line in skewed)
+
+
 def test_every_table_is_a_command():
     for table in cuda_device.TABLES.values():
         words = [w for key, given in table.items() for w in (f"--{key}", *given)]

@@ -142,6 +142,19 @@ def test_an_image_is_the_same_each_time_and_compiled_once():
     assert b".target sm_80" in ptx and ptx.endswith(b"\0")
 
 
+def test_the_pauses_of_the_device_plan_compile():
+    from benchmarks import cuda_device
+
+    for direction in ("forward", "backward"):
+        macros, tile = kernel_of(direction, 65536, "bfloat16", GPUS[1], adds=False)
+        assert tile.cluster > 1
+        images = {_compile.image(macros, 90)}
+        for old, new in cuda_device.SKEWS.values():
+            with cuda_device.source_with(old, new):
+                images.add(_compile.image(macros, 90))
+        assert len(images) == 1 + len(cuda_device.SKEWS)
+
+
 def test_the_error_has_what_the_compiler_says():
     with pytest.raises(RuntimeError, match=r"cannot compile norm.cu:(.|\n)*error"):
         _compile.image(("JLN_FORWARD",), 90)
