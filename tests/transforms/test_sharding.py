@@ -222,7 +222,12 @@ def test_replicated_parameters_get_replicated_gradients(given):
     (P("data"), P(None, "model"), P("data", "model"), P(None, None, "model")),
     ids=str,
 )
-def test_vmap_over_an_explicit_axis(spec):
+@pytest.mark.parametrize(
+    ("kind", "named"),
+    ((AxisType.Explicit, None), (AxisType.Auto, "data")),
+    ids=("explicit", "spmd_axis_name"),
+)
+def test_vmap_over_an_axis_of_the_mesh(spec, kind, named):
     params, _ = data(jln.layer_norm)
     x = draw(4, 8, FEATURES, seed=2)
 
@@ -230,12 +235,17 @@ def test_vmap_over_an_explicit_axis(spec):
         y, pullback = jax.vjp(jln.layer_norm, params, x)
         return y, pullback(jnp.cos(x))
 
-    over_examples = jax.jit(jax.vmap(per_example, (None, 0)))
+    def over_examples(params, x, named=None):
+        return jax.jit(jax.vmap(per_example, (None, 0), spmd_axis_name=named))(
+            params, x
+        )
+
     expected = jax.tree.map(np.asarray, over_examples(params, x))
-    mesh = mesh_of(AxisType.Explicit)
+    mesh = mesh_of(kind)
     with jax.set_mesh(mesh):
         split = jax.device_put(x, NamedSharding(mesh, spec))
-        assert_same(jax.tree.map(np.asarray, over_examples(params, split)), expected)
+        actual = over_examples(params, split, named)
+        assert_same(jax.tree.map(np.asarray, actual), expected)
 
 
 @pytest.mark.parametrize("order", (1, 2))
