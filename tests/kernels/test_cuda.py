@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from typing import NamedTuple
 
 import cuda_emulation
@@ -449,6 +450,44 @@ def test_the_compiler_must_fit_the_driver_and_the_gpu(monkeypatch, tmp_path):
     assert _compile.unavailable(90) is _compile.unavailable(0) is None
     assert "too old for sm_100" in _compile.unavailable(100)
     assert "and this one has 7.5" in _compile.unavailable(75)
+
+
+# threads of a row, groups, elements of a vector, cluster, stages, blocks, shared bytes
+TILES = {  # of bfloat16 on an H100, for rows and features
+    ("forward", 32768, 128): (8, 64, 8, 1, 3, 132, 50176),
+    ("forward", 20000, 100): (8, 64, 4, 1, 3, 132, 50176),
+    ("forward", 4096, 768): (64, 8, 8, 1, 3, 132, 49408),
+    ("forward", 8192, 1024): (64, 8, 8, 1, 3, 132, 49408),
+    ("forward", 16384, 4096): (256, 2, 8, 1, 3, 132, 49408),
+    ("forward", 4096, 8192): (512, 1, 8, 1, 3, 132, 49408),
+    ("forward", 2048, 16384): (512, 1, 8, 1, 3, 132, 98560),
+    ("forward", 512, 65536): (512, 1, 8, 4, 3, 116, 99344),
+    ("forward", 64, 4096): (256, 1, 8, 1, 3, 64, 24704),
+    ("forward", 7, 33): (4, 8, 1, 1, 3, 1, 1856),
+    ("backward", 32768, 128): (16, 40, 8, 1, 3, 132, 62080),
+    ("backward", 20000, 100): (16, 40, 4, 1, 3, 132, 62080),
+    ("backward", 4096, 768): (96, 8, 8, 1, 3, 132, 74112),
+    ("backward", 8192, 1024): (64, 8, 8, 1, 3, 132, 98560),
+    ("backward", 16384, 4096): (256, 2, 8, 1, 3, 132, 98560),
+    ("backward", 4096, 8192): (512, 1, 8, 1, 3, 132, 98560),
+    ("backward", 2048, 16384): (512, 1, 8, 2, 3, 132, 98832),
+    ("backward", 512, 65536): (512, 1, 8, 8, 3, 112, 100368),
+    ("backward", 64, 4096): (256, 1, 8, 1, 3, 64, 49280),
+    ("backward", 7, 33): (8, 4, 1, 1, 3, 2, 1984),
+}
+
+
+@pytest.mark.parametrize("problem", TILES, ids=str)
+def test_a_tile_changes_only_on_purpose(problem):
+    """After a change, `python -m benchmarks.cuda_device` has to time it on a GPU."""
+    direction, rows, features = problem
+    read = (2,) if direction == "forward" else (2, 2)
+    assert _tiles.tile(direction, rows, features, read, 2, H100) == TILES[problem]
+
+
+def test_a_gpu_is_what_jax_says_of_the_device():
+    device = types.SimpleNamespace(compute_capability="9.0", core_count=132)
+    assert _tiles.gpu_of(device) == H100
 
 
 @given(
