@@ -3,7 +3,8 @@
 Programs, defined in `benchmarks.support.programs`: forward, including what it saves for
 the backward pass; backward, from what forward saved; joint, both in one; block; and by
 name inference and those with a residual sum. "copy" copies x, which shows how fast the
-memory is. Parameters are float32. With `--rms` the norms are RMS norms.
+memory is. Parameters are float32, except torch's, which have the dtype of x. With `--rms`
+the norms are RMS norms.
 
 "device ms" is the median over calls of the time in which `jax.profiler` saw the device
 work, so the host does not count; "wall ms" is the time of queued calls divided by their
