@@ -57,7 +57,7 @@ def _as_array(name: str, value: Any) -> Any:
             f" {name}.astype({name}.dtype.newbyteorder('='))."
         )
     if isinstance(value, np.ndarray):
-        return jnp.asarray(value) if value.dtype.kind in "fiubcV" else value
+        return jnp.asarray(value) if value.dtype in DTYPES else value
     if hasattr(value, "__jax_array__"):  # a flax.nnx Variable, say
         return value.__jax_array__()
     kind = type(value)

@@ -44,21 +44,44 @@ class SafetensorsIndex(_Arrays):
         _check_is_file(path)
         with open(path, encoding="utf-8") as file:
             try:
-                self._names = dict(json.load(file)["weight_map"])
+                self._names = _weight_map(json.load(file, object_pairs_hook=_once))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     "state_dict must be the index of safetensors files, JSON with a"
-                    f" 'weight_map'; got {path!r}, which is not ({error!r}). Pass the path"
-                    " of the safetensors file itself."
+                    " 'weight_map' from names to files beside it; got"
+                    f" {path!r}, which is not ({error!r}). Pass the path of the"
+                    " safetensors file itself."
                 ) from error
-        self._folder = os.path.dirname(path)
+        self._path, self._folder = path, os.path.dirname(path)
         self._opened: dict[str, SafetensorsFile] = {}
 
     def __getitem__(self, key: str) -> np.ndarray:
         file = self._names[key]
         if file not in self._opened:
             self._opened[file] = SafetensorsFile(os.path.join(self._folder, file))
+        if key not in self._opened[file]:
+            raise ValueError(
+                f"the index {self._path!r} must fit its files; it says that {key!r} is in"
+                f" {file!r}, where it is not. Download both again."
+            )
         return self._opened[file][key]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("a name is there twice")
+    return made
+
+
+def _weight_map(index: Any) -> dict[str, str]:
+    files = index["weight_map"]
+    if not isinstance(files, dict):
+        raise TypeError("'weight_map' is no mapping")
+    for file in set(files.values()):
+        if os.path.isabs(file) or os.path.normpath(file).startswith(os.pardir):
+            raise ValueError(f"{file!r} is in another folder")
+    return files
 
 
 class SafetensorsFile(_Arrays):
@@ -82,6 +105,11 @@ class SafetensorsFile(_Arrays):
                 raise ValueError(
                     "state_dict must be a whole safetensors file; got"
                     f" {path!r}, which is truncated ({error}). Copy or download it again."
+                ) from error
+            if _begins(path, b"version https://git-lfs"):
+                raise ValueError(
+                    f"state_dict must be a safetensors file; got {path!r}, which only"
+                    " stands for one in Git LFS. Run git lfs pull in that folder."
                 ) from error
             raise ValueError(
                 f"state_dict must be in the safetensors format; got {path!r}, which is"
@@ -107,6 +135,11 @@ def _check_is_file(path: str) -> None:
             f" {path!r}, where there is no file. In a Hugging Face folder it is"
             f" model.safetensors, or model.safetensors{INDEX} if there are several."
         )
+
+
+def _begins(path: str, words: bytes) -> bool:
+    with open(path, "rb") as file:
+        return file.read(len(words)) == words
 
 
 def _is_truncated(path: str) -> bool:

@@ -6,7 +6,7 @@
 
 Only the names differ; no number changes, in either direction. Our parameters have the
 shape of torch's `normalized_shape` if `axis` is in ascending order. A gain that is
-stored around zero (Gemma's) is stored that way here too, for `scale_offset=1.0`.
+stored around zero (that of Gemma 1 to 3) is stored that way here too, for `scale_offset=1.0`.
 
 torch is needed only if a caller passes a tensor, and safetensors only if a caller
 passes a file.
@@ -29,7 +29,11 @@ from jax import Array
 
 from jax_layernorm._arguments import DTYPES, check_array, check_epsilon, check_features
 from jax_layernorm._functions import Params, layer_norm
-from jax_layernorm._safetensors import open_safetensors
+from jax_layernorm._safetensors import (
+    SafetensorsFile,
+    SafetensorsIndex,
+    open_safetensors,
+)
 
 _SPELLINGS = {"scale": ("weight", "gamma"), "bias": ("bias", "beta")}
 _EPSILON: float = inspect.signature(layer_norm).parameters["epsilon"].default
@@ -77,10 +81,11 @@ def from_torch(
       TypeError: `state_dict` is neither a mapping nor a path, or a value is not an
         array of a dtype that a norm can have.
       ValueError: the parameters cannot belong to a norm: a scale and a bias have
-        different shapes, a lone weight has several axes, the module has submodules, or
-        it is a batch norm. Also: a parameter is in both spellings, a float64 array
-        comes without x64, a tensor has no data, or a file is truncated or in another
-        format.
+        different shapes, a lone weight has several axes, a bias stands beside other
+        arrays without a weight, the module has submodules, or it is a batch norm with
+        running statistics. Also: a parameter is in both spellings, a float64 array
+        comes without x64, a tensor has no data, a file is truncated or in another
+        format, or an index does not fit its files.
       ImportError: a path is given, but safetensors is not installed.
 
     Example:
@@ -114,15 +119,22 @@ def from_torch(
             f" batch norm, because it has {prefix + 'running_mean'!r}. Its parameters"
             " mean something else; give the prefix of another module."
         )
-    inside = [
+    beside = [
         key
         for key in state_dict
-        if isinstance(key, str) and "." in key.removeprefix(prefix) != key
+        if isinstance(key, str) and key.startswith(prefix) and key not in found.values()
     ]
-    if prefix and inside:
+    inside = [key for key in beside if "." in key[len(prefix) :]]
+    if inside:
         raise ValueError(
             "state_dict must hold a norm under the prefix, which has no submodules; got"
             f" {inside[0]!r} there. Give the prefix of the norm itself."
+        )
+    if found["scale"] is None and beside:
+        raise ValueError(
+            f"state_dict must hold {prefix + 'weight'!r} (or gamma) if it has more than a"
+            f" bias there; got {beside[0]!r}. If that is the norm's scale, rename it to"
+            f" {prefix + 'weight'!r}."
         )
     arrays = {
         name: _as_jax(f"state_dict[{key!r}]", stored)
@@ -206,6 +218,8 @@ def _find(state_dict: Mapping[str, Any], prefix: str, name: str) -> str | None:
     """The key of a parameter, in whichever spelling, or None."""
     keys = [key for word in _SPELLINGS[name] if (key := prefix + word) in state_dict]
     if len(keys) > 1:
+        keys = [key for key in keys if state_dict[key] is not None] or keys[:1]
+    if len(keys) > 1:
         raise ValueError(
             f"state_dict must hold {name} in one spelling; got both {keys[0]!r} and"
             f" {keys[1]!r}. Remove the one that is not the norm's."
@@ -224,8 +238,21 @@ def _nothing_found(state_dict: Mapping[str, Any], prefix: str) -> str:
     norms = [key for key in keys if "norm" in key.lower() or "ln" in key.lower()]
     near = difflib.get_close_matches(prefix + "weight", norms or keys, n=3, cutoff=0)
     fix = "Give the name of the norm's module as prefix."
-    if prefix[:-1] in state_dict:
-        fix = f"Leave {prefix[:-1].rpartition('.')[2]!r} out of the prefix."
+    module, _, last = prefix[:-1].rpartition(".")
+    in_file = isinstance(state_dict, SafetensorsFile | SafetensorsIndex)
+    values = {} if in_file else state_dict  # a file would be read whole
+    nested = [key for key, value in values.items() if isinstance(value, Mapping)]
+    if nested:
+        fix = (
+            f"Its values are mappings; pass one of them, as state_dict[{nested[0]!r}]."
+        )
+    elif prefix[:-1] in state_dict and last in sum(_SPELLINGS.values(), ()):
+        fix = f"Leave {last!r} out of the prefix."
+    elif prefix[:-1] in state_dict:
+        fix = (
+            f"If {prefix[:-1]!r} is a scale, rename it to {_with_dot(module)}weight, and"
+            f" pass {module!r} as prefix."
+        )
     return (
         f"{rule}; the nearest of its {len(state_dict)} keys are"
         f" {', '.join(map(repr, near))}. {fix}"
@@ -281,7 +308,7 @@ def _warn_of(epsilon: float) -> None:
         f"these parameters came with epsilon={epsilon!r}, and the default here is"
         f" {_EPSILON!r}. Pass epsilon={epsilon!r} to what uses them, as in"
         f" jln.layer_norm(params, x, epsilon={epsilon!r}) or"
-        f" jln.linen.LayerNorm(epsilon={epsilon!r}).",
+        f" jln.linen.LayerNorm(epsilon={epsilon!r}), or rms_norm and RMSNorm.",
         UserWarning,
         stacklevel=3,
     )
@@ -310,17 +337,37 @@ def _as_numpy(name: str, value: Any) -> np.ndarray:
 
 def _of_tensor(name: str, tensor: Any, torch: Any) -> np.ndarray:
     """The data of a torch tensor, in the tensor's memory."""
-    if tensor.is_meta:
+    missing = _without_data(tensor, torch)
+    if missing:
         raise ValueError(
-            f"{name} must hold data; got a tensor on torch's meta device, which has"
-            " none. Load the checkpoint into the model first."
+            f"{name} must hold data; got a tensor {missing}, which has none. Load the"
+            " checkpoint into the model first, or gather it from all processes."
         )
     if str(tensor.dtype).removeprefix("torch.") not in map(str, DTYPES):
         raise TypeError(
             f"{name} must be of dtype {', '.join(map(str, DTYPES))}; got {tensor.dtype}."
             " Is this a norm's parameter? Quantized checkpoints keep those unquantized."
         )
-    tensor = tensor.detach().cpu()
+    if tensor.layout != torch.strided:
+        raise TypeError(
+            f"{name} must be dense; got a tensor with the layout {tensor.layout}."
+            " Convert it first, with to_dense()."
+        )
+    tensor = tensor.detach().cpu().resolve_neg()
     if tensor.dtype == torch.bfloat16:  # NumPy has it only through ml_dtypes
         return tensor.view(torch.int16).numpy().view(_BFLOAT16)
     return tensor.numpy()
+
+
+def _without_data(tensor: Any, torch: Any) -> str:
+    """Where the data of a tensor should be, if it is not there; otherwise ''."""
+    if torch.nn.parameter.is_lazy(tensor):
+        return "that is not initialized"
+    if tensor.is_meta:
+        return "on torch's meta device"
+    if tensor.layout == torch.strided and tensor.numel():
+        sizes = zip(tensor.shape, tensor.stride(), strict=True)
+        last = tensor.storage_offset() + sum((n - 1) * stride for n, stride in sizes)
+        if (last + 1) * tensor.element_size() > tensor.untyped_storage().nbytes():
+            return "whose storage was freed"
+    return ""

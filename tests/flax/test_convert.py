@@ -249,7 +249,21 @@ def test_a_missing_key_is_named_beside_the_nearest(prefix, near, fix):
             ValueError,
             "no submodules; got 'n.dwconv.weight'",
         ),
+        (
+            {"n.scale": np.ones(3, "f"), "n.bias": np.ones(3, "f")},
+            ValueError,
+            "if it has more than a bias there; got 'n.scale'.*rename it to 'n.weight'",
+        ),
+        (  # of torch.nn.utils.prune
+            {"n.weight_orig": np.ones(3, "f"), "n.bias": np.ones(3, "f")},
+            ValueError,
+            "got 'n.weight_orig'",
+        ),
+        ({"n.scale": np.ones(3, "f")}, KeyError, "Give the name"),
+        ({"n": {"weight": np.ones(3, "f")}}, KeyError, r"pass one.*state_dict\['n'\]"),
+        ({"model": {}, "step": 1}, KeyError, r"as state_dict\['model'\]"),
         ({"n.weight": np.ones(3, int)}, TypeError, r"\['n.weight'\].*got dtype int"),
+        ({"n.weight": np.ones(3, "f,f")}, TypeError, r"\['n.weight'\].*got dtype"),
         ({"n.weight": [1.0, 2.0]}, TypeError, r"\['n.weight'\].*got list"),
         ([("n.weight", np.ones(3))], TypeError, r"list.*module.state_dict\(\)"),
     ],
@@ -260,6 +274,22 @@ def test_what_cannot_be_a_norm_is_an_error_that_names_the_key(
 ):
     with pytest.raises(error, match=message):
         jln.convert.from_torch(state_dict, "n")
+
+
+def test_a_key_of_a_scale_as_prefix_gets_its_own_advice():
+    with pytest.raises(KeyError, match=r"rename it to a.n.weight, and pass 'a.n'"):
+        jln.convert.from_torch({"a.n.scale": np.ones(3, "f")}, "a.n.scale")
+
+
+def test_without_a_prefix_submodules_are_refused_too():
+    bias, inner = np.ones(3, "f"), "parametrizations.weight.original"
+    with pytest.raises(ValueError, match=f"no submodules; got '{inner}'"):
+        jln.convert.from_torch({"bias": bias, inner: bias})
+
+
+def test_none_stands_for_no_parameter_in_either_spelling():
+    state_dict = {"n.weight": None, "n.gamma": np.ones(3, "f"), "n.mask": None}
+    assert jln.convert.from_torch(state_dict, "n").keys() == {"scale"}
 
 
 def test_features_are_the_shape_that_the_parameters_must_have():
@@ -350,9 +380,32 @@ class TestFiles:
             assert params["scale"].tolist() == [1, 2, 3, 4]
         with pytest.raises(FileNotFoundError, match=r"model-3-of-2.safetensors'"):
             jln.convert.from_torch(index, "lost")
-        index.write_text("{}")
-        with pytest.raises(ValueError, match="JSON with a 'weight_map'"):
-            jln.convert.from_torch(index, NAME)
+        for content, reason in (
+            ("{}", "KeyError"),
+            ('{"weight_map": ["ab", "cd"]}', "is no mapping"),
+            ('{"weight_map": {"n.weight": 3}}', "TypeError"),
+            ('{"weight_map": {"n.weight": "../x"}}', "'../x' is in another folder"),
+            ('{"weight_map": {"n.weight": "/x"}}', "'/x' is in another folder"),
+            ('{"weight_map": {"a": "x", "a": "y"}}', "a name is there twice"),
+        ):
+            index.write_text(content)
+            with pytest.raises(ValueError, match=f"JSON with a 'weight_map'.*{reason}"):
+                jln.convert.from_torch(index, "n")
+
+    def test_an_index_that_does_not_fit_its_files_is_refused(self, tmp_path):
+        self.save_file(parameters(), tmp_path / "a.safetensors")
+        index = tmp_path / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": {"n.weight": "a.safetensors"}}))
+        with pytest.raises(
+            ValueError, match=r"'n.weight' is in 'a.safetensors', where"
+        ):
+            jln.convert.from_torch(index, "n")
+
+    def test_what_stands_for_a_file_in_git_is_called_so(self, tmp_path):
+        path = tmp_path / "model.safetensors"
+        path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+        with pytest.raises(ValueError, match="Run git lfs pull"):
+            jln.convert.from_torch(path, NAME)
 
     def test_a_truncated_file_is_called_truncated(self, tmp_path):
         path = tmp_path / "model.safetensors"
@@ -417,11 +470,21 @@ class TestTorch:
             every_second = self.torch.arange(6, dtype=dtype)[::2]
             params = jln.convert.from_torch({"weight": every_second})
             assert params["scale"].tolist() == [0, 2, 4]
+        negative = self.torch._neg_view(self.torch.ones(3))
+        assert (
+            jln.convert.from_torch({"weight": negative})["scale"].tolist() == [-1] * 3
+        )
 
     def test_tensors_that_no_norm_can_have_are_named(self):
         eights = self.torch.ones(3).to(self.torch.float8_e4m3fn)
+        freed = self.torch.ones(3)
+        freed.untyped_storage().resize_(0)  # as FSDP does
+        lazy = self.torch.nn.UninitializedParameter()
         for state_dict, error, message in (
             ({"weight": self.torch.ones(3, device="meta")}, ValueError, "meta device"),
+            ({"weight": freed}, ValueError, "whose storage was freed"),
+            ({"weight": lazy}, ValueError, "not initialized"),
+            ({"weight": self.torch.ones(3).to_sparse()}, TypeError, "must be dense"),
             ({"weight": eights}, TypeError, "float8"),
             ({"weight": self.torch.arange(3)}, TypeError, "int64"),
             (self.torch.nn.LayerNorm(3), TypeError, r"module.state_dict\(\)"),
