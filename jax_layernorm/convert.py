@@ -6,7 +6,8 @@
 
 Only the names differ; no number changes, in either direction. Our parameters have the
 shape of torch's `normalized_shape` if `axis` is in ascending order. A gain that is
-stored around zero (that of Gemma 1 to 3) is stored that way here too, for `scale_offset=1.0`.
+stored around zero (that of Gemma 1 to 3) is stored that way here too, for
+`scale_offset=1.0`.
 
 torch is needed only if a caller passes a tensor, and safetensors only if a caller
 passes a file.
