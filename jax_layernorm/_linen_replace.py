@@ -52,10 +52,11 @@ def replace(
         that returns what the class's `__call__` would, by way of this package's
         functions. It applies to these classes and to subclasses that keep `__call__`. If
         a subclass overrides a method that `__call__` uses, list the subclass too.
-        `norm` is bound, so `compute` can call `norm.get_variable("params", "scale")` or
-        `norm.param`. During `init` the class itself runs, because it makes the
-        parameters. Define `compute` once and not in each block, because JAX traces the
-        model again for each new function.
+        `norm` is bound, so `compute` can use `norm.variables["params"]["scale"]`, which
+        raises if there is none (`get_variable` would return None, which stands for no
+        scale). The class itself runs where it makes the parameters, as during `init`.
+        Define `compute` once and not in each block, because JAX traces the model again
+        for each new function.
       implementation: a name as for `layer_norm`, or None for the best implementation
         that can run. A norm that the named implementation cannot run raises.
       custom_vjp: pass False for models that are differentiated in forward mode (`jvp`,
@@ -91,24 +92,16 @@ def replace(
     if _open.blocks:
         classes = _open.blocks[-1].options.also | classes
     options = _Options(classes, implementation, custom_vjp)
-    block = _Block(Report(_none=_NOTHING_CALLED), options)
-    intercepted = (
-        contextlib.nullcontext() if _open.blocks else nn.intercept_methods(_intercept)
-    )
+    block = _Block(Report(_none=_NOTHING_CALLED), options, contextlib.ExitStack())
+    if not _open.blocks:
+        block.contexts.enter_context(nn.intercept_methods(_intercept))
     key = (*classes.items(), implementation, custom_vjp)
-    with intercepted, _in_the_keys_of_caches(key):
-        _open.blocks.append(block)
-        try:
-            yield block.report
-        finally:
-            last = _open.blocks[-1] is block
-            _open.blocks.remove(block)
-            if not last:
-                raise RuntimeError(
-                    "blocks of replace() must be closed in the reverse order of their"
-                    " opening, in one thread; got another order. Do not leave a generator"
-                    " or an asynchronous task waiting inside a block."
-                )
+    block.contexts.enter_context(_in_the_keys_of_caches(key))
+    _open.blocks.append(block)
+    try:
+        yield block.report
+    finally:
+        _close(block)
 
 
 class _Options(NamedTuple):
@@ -123,6 +116,9 @@ class _Options(NamedTuple):
 class _Block:
     report: Report
     options: _Options
+    contexts: contextlib.ExitStack
+    in_order: bool = True
+    """False once a block was closed before one that was opened later."""
 
 
 class _Open(threading.local):
@@ -158,27 +154,53 @@ _NOTHING_CALLED = (
 )
 
 
+def _close(block: _Block) -> None:
+    if block not in _open.blocks:
+        raise RuntimeError(
+            "a block of replace() must be closed in the thread that opened it; got another"
+            " one. The block is still open in the first."
+        )
+    in_order = block.in_order and _open.blocks[-1] is block
+    _open.blocks.remove(block)
+    block.contexts.close()
+    if in_order:
+        return
+    for other in _open.blocks:
+        other.in_order = False
+    if not _open.blocks:
+        # The context of this block has set the value that was there when it was opened.
+        _in_the_keys_of_caches(None).__enter__()
+    raise RuntimeError(
+        "blocks of replace() must be closed in the reverse order of their opening, in one"
+        " thread; got another order, and the blocks that are still open do nothing more."
+        " Do not leave a generator or an asynchronous task waiting inside a block."
+    )
+
+
 def _intercept(
     next_fun: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     context: Any,
 ) -> Any:
+    module = context.module
+    if module.scope is None or not _open.blocks:  # it is not bound: it computes nothing
+        return next_fun(*args, **kwargs)
     _open.saw_a_module()
-    module, options = context.module, _open.blocks[-1].options
-    path = "/".join(module.path) or type(module).__name__
+    options = _open.blocks[-1].options
+    path = "/".join(module.scope.path) or type(module).__name__
     function = inspect.unwrap(context.orig_method.func)
     compute = _compute_of(module, function, options.also)
     if compute is not None:
         if any(module is other for other in _open.computing):
             return next_fun(*args, **kwargs)  # `compute` calls the class itself
         _open.replaced(path, type(module).__name__)
-        if module.is_initializing():
+        if module.is_initializing() or _makes_parameters(module):
             return next_fun(*args, **kwargs)
         call = functools.partial(_compute_own, compute, module, options)
     elif function in _FLAXS_CALLS:
         call = _flaxs_call(context, path, options)
-    elif _is_bridge(module) and context.method_name == "__call__":
+    elif _is_a_bridges_call(function):
         call = functools.partial(_compute_bridged, context, path, options)
     else:
         reported = _open.reported
@@ -252,9 +274,19 @@ def _flaxs_call(context: Any, path: str, options: _Options) -> Callable[..., Any
     return __call__
 
 
-def _is_bridge(module: nn.Module) -> bool:
+def _makes_parameters(module: nn.Module) -> bool:
+    """Whether a call makes the parameters outside `init`, as `mutable="params"` lets it."""
+    return module.is_mutable_collection("params") and not _params_of(module)
+
+
+def _params_of(module: nn.Module) -> Mapping[str, Any]:
+    scope: Any = module.scope  # a field of the module may be called `variables`
+    return scope.variables().get("params", {})
+
+
+def _is_a_bridges_call(function: Any) -> bool:
     nnx = sys.modules.get("flax.nnx")  # nobody has a bridge before it is imported
-    return nnx is not None and isinstance(module, nnx.bridge.ToLinen)
+    return nnx is not None and function is inspect.unwrap(nnx.bridge.ToLinen.__call__)
 
 
 def _compute_bridged(
@@ -275,20 +307,20 @@ def _compute_bridged(
         name = getattr(call, "__name__", "")
         if name and getattr(type(module), name, None) is call:
             call = name  # the method of the class that `module` will have
-        _nnx_replace.replace(
+        with _nnx_replace.replaced(
             module,
-            also={k: c for k, c in options.also.items() if issubclass(k, nnx.Module)},
-            implementation=options.implementation,
+            {k: c for k, c in options.also.items() if issubclass(k, nnx.Module)},
+            options.implementation,
             custom_vjp=options.custom_vjp,
-        )
-        for found in _nnx_replace.norms_of(module):
-            inner = "/".join((path, *map(str, found.path)))
-            if found.left is None:
-                _open.replaced(inner, type(found.norm).__name__)
-            else:
-                _open.left(inner, found.left)
-        function = getattr(type(module), call) if isinstance(call, str) else call
-        return function(module, *args, **kwargs)
+        ) as norms:
+            for found in norms:
+                inner = "/".join((path, *map(str, found.path)))
+                if found.left is None:
+                    _open.replaced(inner, type(found.norm).__name__)
+                else:
+                    _open.left(inner, found.left)
+            function = getattr(type(module), call) if isinstance(call, str) else call
+            return function(module, *args, **kwargs)
 
     return context.orig_method(*args, nnx_method=method, **kwargs)
 
@@ -301,7 +333,7 @@ def _looks_like_a_norm(module: nn.Module, options: _Options) -> bool:
         # The calls of `super()`, or inside `nn.remat` and `nn.jit`, are seen by themselves.
         if isinstance(module, base) and _own_norms.calls_super(kind, base):
             return False
-    params = nn.meta.unbox(module.variables.get("params", {}))
+    params = nn.meta.unbox(_params_of(module))
     has_modules = any(isinstance(param, Mapping) for param in params.values())
     return _own_norms.looks_like_a_norm(kind, params, has_modules=has_modules)
 

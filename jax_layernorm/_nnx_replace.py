@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import copyreg
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from flax import nnx
@@ -86,8 +87,37 @@ def replace(
     _arguments.check_implementation(implementation, custom_vjp=custom_vjp)
     fix = "Pass subclasses of flax.nnx.Module; for linen there is linen.replace."
     also = _own_norms.check_also(also, (nnx.Module,), fix)
+    with contextlib.ExitStack() as undo:
+        _replace(_modules(model), also, implementation, custom_vjp, undo)
+        undo.pop_all()  # nothing was refused
+    return model
+
+
+@contextlib.contextmanager
+def replaced(
+    model: Any,
+    also: Mapping[type, Callable[..., Any]],
+    implementation: Implementation | None,
+    *,
+    custom_vjp: bool,
+) -> Iterator[list[Found]]:
+    """The norms of a model that are replaced within a block. Not public."""
+    with contextlib.ExitStack() as undo:
+        modules = _all_modules(model)
+        _replace(modules, also, implementation, custom_vjp, undo)
+        yield norms_of(model) if modules else []
+
+
+def _replace(
+    modules: list[tuple[tuple[Any, ...], Any]],
+    also: Mapping[type, Callable[..., Any]],
+    implementation: Implementation | None,
+    custom_vjp: bool,
+    undo: contextlib.ExitStack,
+) -> None:
+    """Replaces norms; `undo` gets what makes them as they were."""
     flaxs, classes = [], []
-    for path, module in _modules(model):
+    for path, module in modules:
         kind, own = _before(module)
         own = _own_norm(kind, also) or own
         if own is not None:
@@ -106,10 +136,21 @@ def replace(
         elif isinstance(module, nnx.LayerNorm | nnx.RMSNorm):
             flaxs.append(module)
     for module, made in classes:
+        undo.callback(object.__setattr__, module, "__class__", type(module))
         object.__setattr__(module, "__class__", made)
     for module in flaxs:
+        undo.callback(_restore, module, type(module), dict(vars(module)))
         _replace_flaxs(module, implementation, custom_vjp)
-    return model
+
+
+def _restore(norm: Any, kind: type, options: Mapping[str, Any]) -> None:
+    """Gives a norm its class again, and what it had of the attributes of ours."""
+    object.__setattr__(norm, "__class__", kind)
+    for name in (*_OPTIONS, "_replaced"):
+        if name in options:
+            setattr(norm, name, options[name])
+        elif name in vars(norm):
+            delattr(norm, name)
 
 
 def _replace_flaxs(
@@ -119,7 +160,7 @@ def _replace_flaxs(
         norm.scale_offset = 0.0
         norm.round_before_scale = False
         norm._replaced = True
-        object.__setattr__(norm, "__class__", _ours(type(norm)))
+        object.__setattr__(norm, "__class__", _replaced_class(type(norm)))
     if vars(norm).get("_replaced"):
         norm.implementation = implementation
         norm.custom_vjp = custom_vjp
@@ -184,12 +225,16 @@ def norms_of(model: Any) -> list[Found]:
     return [f for f in found if f.path not in only_look_like_one & holders]
 
 
-def _modules(model: Any) -> list[tuple[tuple[Any, ...], Any]]:
-    modules = [
+def _all_modules(model: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    return [
         (path, node)
         for path, node in nnx.iter_graph(model, graph=True)
         if isinstance(node, nnx.Module)
     ]
+
+
+def _modules(model: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    modules = _all_modules(model)
     if not modules:
         raise TypeError(
             "model must be a flax.nnx module or a pytree that holds one; got"
@@ -228,7 +273,7 @@ def _left(norm: nnx.LayerNorm | nnx.RMSNorm) -> str | None:
             f" replaced norm needs; pass also={{{kind.__name__}: compute}} to replace()"
         )
     try:
-        _ours(kind)
+        _replaced_class(kind)
     except Exception as refusal:  # what `__init_subclass__` raises is the user's
         return f"no subclass of {kind.__qualname__} can be made: {_text(refusal)}"
     return None
@@ -256,7 +301,7 @@ def _before(module: nnx.Module) -> _Before:
     kind = type(module)
     if "_before_replace" in vars(kind):
         return vars(kind)["_before_replace"]
-    if vars(module).get("_replaced"):
+    if isinstance(module, LayerNorm | RMSNorm) and vars(module).get("_replaced"):
         return _Before(
             _flaxs(kind) if kind in (LayerNorm, RMSNorm) else kind.__bases__[0]
         )
@@ -319,9 +364,15 @@ def _flaxs(kind: type) -> type:
 
 
 @functools.cache
-def _ours(kind: type) -> type:
-    """The class of a replaced norm: ours, or a subclass of both `kind` and ours."""
+def _replaced_class(kind: type) -> type:
+    """The class of a replaced norm: ours, or a subclass of both `kind` and ours.
+
+    Pickles of replaced norms name it, in `jax_layernorm.nnx`.
+    """
     ours = LayerNorm if issubclass(kind, nnx.LayerNorm) else RMSNorm
     if kind is _flaxs(kind):
         return ours
-    return _subclass(_pickled_by(_ours, type(kind)), (kind, ours), {})
+    return _subclass(_pickled_by(_replaced_class, type(kind)), (kind, ours), {})
+
+
+_replaced_class.__module__ = "jax_layernorm.nnx"

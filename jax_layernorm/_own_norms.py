@@ -6,10 +6,8 @@ import contextlib
 import inspect
 import re
 import types
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
-
-import jax.numpy as jnp
 
 from jax_layernorm import _functions
 from jax_layernorm._arguments import Implementation
@@ -60,12 +58,14 @@ def check_also(also: Also | None, bases: tuple[type, ...], fix: str) -> dict[typ
                 f" got {compute!r}. Write, for example, lambda norm, x:"
                 " rms_norm({'scale': norm.scale[...]}, x)."
             )
-        if not isinstance(compute, Hashable):
+        try:
+            hash(compute)
+        except TypeError as error:
             raise TypeError(
                 f"also must map {kind.__qualname__} to a hashable function, because it"
-                f" becomes part of the keys of JAX's caches; got {compute!r}. Use a plain"
-                " function."
-            )
+                f" becomes part of the keys of JAX's caches; got {compute!r} ({error})."
+                " Use a plain function."
+            ) from None
     return dict(also)
 
 
@@ -93,8 +93,8 @@ def looks_like_a_norm(
         return False
     if _NORM.search(kind.__name__):
         return True
-    vectors = not has_modules and all(jnp.ndim(param) == 1 for param in params.values())
-    return vectors and any(name in params for name in _SCALES)
+    vectors = all(getattr(param, "ndim", None) == 1 for param in params.values())
+    return not has_modules and vectors and any(name in params for name in _SCALES)
 
 
 def calls_super(kind: type, base: type) -> bool:

@@ -190,7 +190,7 @@ def gemma(kind: Any, dtype: Any, size: Size) -> Model:
 
 def compute_gemma(norm: Any, x: jax.Array) -> jax.Array:
     """The class takes the statistics in the dtype of `x`; ours are in float32."""
-    params = {"scale": norm.get_variable("params", "scale")}
+    params = {"scale": norm.variables["params"]["scale"]}
     return jln.rms_norm(
         params, x, epsilon=1e-6, scale_offset=1.0, round_before_scale=True
     )

@@ -142,10 +142,15 @@ def test_sigterm_saves_and_says_so(start, tmp_path):
 
 
 def test_a_second_signal_acts_as_usual():
-    with train.stop_requests() as received:
-        signal.raise_signal(signal.SIGINT)
-        with pytest.raises(KeyboardInterrupt):
+    # A shell starts what it runs in the background with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with train.stop_requests() as received:
             signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert received == [signal.SIGINT]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 

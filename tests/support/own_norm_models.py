@@ -75,7 +75,7 @@ def compute_llama(norm, x):
 
 
 def compute_linen_llama(norm, x):
-    return our_llama(norm.get_variable("params", "weight"), x, norm.eps)
+    return our_llama(norm.variables["params"]["weight"], x, norm.eps)
 
 
 # Gemma's gain is 1 + scale, and only the result is rounded.
@@ -111,7 +111,7 @@ def compute_gemma(norm, x):
 
 
 def compute_linen_gemma(norm, x):
-    return our_gemma(norm.get_variable("params", "scale"), x)
+    return our_gemma(norm.variables["params"]["scale"], x)
 
 
 # T5 rounds before it multiplies if the weight has half precision.
@@ -183,7 +183,7 @@ def compute_max_text(norm, x):
 
 
 def compute_linen_max_text(norm, x):
-    scale = nn.meta.unbox(norm.get_variable("params", "scale"))
+    scale = nn.meta.unbox(norm.variables["params"]["scale"])
     return our_rounded(scale.astype(norm.dtype), x)
 
 
