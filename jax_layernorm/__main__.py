@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 
 import jax
@@ -33,7 +35,12 @@ def print_choices() -> None:
 
 
 def shape(text: str) -> tuple[int, int]:
-    rows, features = map(int, text.split("x"))
+    try:
+        rows, features = map(int, text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"a shape is ROWSxFEATURES, such as 4096x768; got {text!r}"
+        ) from None
     if rows < 1 or features < 2:
         raise argparse.ArgumentTypeError(
             f"a shape must have a row and two features at least; got {text!r}"
@@ -66,4 +73,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `head`, say; without this, Python would flush again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    sys.exit(code)

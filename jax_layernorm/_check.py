@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import importlib.util
 import itertools
 import math
 import platform as host
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import jax_layernorm
 from jax_layernorm import _functions, _kernels
 
 SHAPES = (
@@ -155,12 +157,12 @@ def candidates(norm: str) -> dict[str, Callable[..., Any]]:
         for name, kernel in _kernels.KERNELS.items()
         if set(platforms()) & set(kernel.platforms)
     }
-    try:
-        import flax.linen as nn
-    except ModuleNotFoundError:
+    if importlib.util.find_spec("flax") is None:
         return found
 
     def flaxs(params: Any, x: Any, residual: Any = None) -> Any:
+        import flax.linen as nn
+
         summed = x if residual is None else residual + x
         module = nn.LayerNorm if "layer" in norm else nn.RMSNorm
         y = module(dtype=x.dtype).apply({"params": params}, summed)
@@ -266,7 +268,10 @@ def copy_seconds_of(problem: Problem) -> float:
 
 
 def measure(problem: Problem, reasons: dict[str, str]) -> list[Row]:
-    """A row for each implementation; `reasons` collects why some cannot run."""
+    """A row for each implementation; `reasons` collects why some cannot run, or fail.
+
+    One that fails has errors of NaN, so it is wrong.
+    """
     arguments = jax.device_put((problem.params, problem.arrays, problem.cotangents))
     copy_seconds = copy_seconds_of(problem)
     with _kernels.record_decisions() as decisions:
@@ -276,12 +281,15 @@ def measure(problem: Problem, reasons: dict[str, str]) -> list[Row]:
     for name, norm in candidates(problem.norm).items():
         function = program(norm)
         try:
-            out = function(*arguments)
+            errors = errors_of(function(*arguments), problem)
+            seconds = seconds_of(function, *arguments)
         except NotImplementedError as reason:
             reasons[name] = str(reason)
             continue
-        errors = errors_of(out, problem)
-        seconds = seconds_of(function, *arguments)
+        except Exception as failure:  # of a compiler, a launch or a package
+            errors, seconds = Errors(math.nan, math.nan, math.nan), math.nan
+            first = str(failure).partition("\n")[0]
+            reasons[name] = f"it fails with {type(failure).__name__}: {first}"
         x, norm_name = problem.arrays[0], problem.norm
         case = (x.shape, x.dtype.name, norm_name, name, defaults == {name})
         rows.append(Row(*case, errors, seconds, copy_seconds))
@@ -329,7 +337,8 @@ def _to_use(name: str, cases: list[Row]) -> str:
 def print_environment() -> None:
     """Prints versions and devices."""
     print(f"Python {host.python_version()} on {host.platform()}")
-    for package in ("jax-layernorm", "jax", "jaxlib", "flax", "libtpu"):
+    print(f"jax_layernorm {jax_layernorm.__version__}")
+    for package in ("jax", "jaxlib", "flax", "libtpu"):
         try:
             print(f"{package} {importlib.metadata.version(package)}")
         except importlib.metadata.PackageNotFoundError:

@@ -19,6 +19,9 @@ FOLDER = pathlib.Path(__file__).parent
 LIBRARY = "libjax_layernorm.so"
 CPU_FORWARD, CPU_BACKWARD = "jax_layernorm_forward", "jax_layernorm_backward"
 CUDA_LAUNCH = "jax_layernorm_cuda_launch"
+REGISTERED = "_jax_layernorm_library"
+"""An attribute of `jax.ffi`: the library whose handlers this process has. A second one
+would make the whole CPU backend fail, and this module does not know of another copy."""
 HANDLERS = ("native_cpu/ffi.cc", "cuda/launch.cc")
 """The sources of the handlers that XLA calls. A wheel does not have them."""
 
@@ -48,7 +51,10 @@ def load(library: pathlib.Path, headers: pathlib.Path) -> str | None:
         handlers = ctypes.CDLL(str(library))
     except OSError as error:
         return f"its library does not load: {error}"
-    needed = (ctypes.c_int * 2).in_dll(handlers, "jax_layernorm_ffi_api_version")
+    try:
+        needed = (ctypes.c_int * 2).in_dll(handlers, "jax_layernorm_ffi_api_version")
+    except ValueError as error:
+        return f"its library is none of this package: {error}"
     spoken = ffi_api_version(headers)
     # Compare the versions first. A registered handler that XLA finds too new would make
     # the whole backend fail.
@@ -64,6 +70,13 @@ def load(library: pathlib.Path, headers: pathlib.Path) -> str | None:
             "its library was built from older sources than those beside it; install the"
             " package again, with pip install --editable ."
         )
+    registered = getattr(jax.ffi, REGISTERED, str(library))
+    if registered != str(library):
+        return (
+            f"another copy of the package, with the library {registered}, has registered"
+            " its handlers in this process; start another process"
+        )
+    setattr(jax.ffi, REGISTERED, str(library))
     for name in (CPU_FORWARD, CPU_BACKWARD):
         handler = jax.ffi.pycapsule(getattr(handlers, name))
         jax.ffi.register_ffi_target(name, handler, platform="cpu")

@@ -232,7 +232,7 @@ ffi::Error addresses(const LaunchAttributes& a, ffi::RemainingArgs args,
 // The second time, it launches.
 template <bool kLaunch>
 ffi::Error run(Stream stream, LaunchAttributes a, ffi::RemainingArgs args,
-               ffi::RemainingRets rets) {
+               ffi::RemainingRets rets) try {
   const Driver& driver = Driver::get();
   if (!driver.missing().empty()) {
     return error(ffi::ErrorCode::kFailedPrecondition, driver.missing());
@@ -263,6 +263,8 @@ ffi::Error run(Stream stream, LaunchAttributes a, ffi::RemainingArgs args,
     if (result != 0) return driver.failed(a.kernel, result);
   }
   return ffi::Error::Success();
+} catch (const std::bad_alloc&) {
+  return error(ffi::ErrorCode::kResourceExhausted, "the host is out of memory");
 }
 
 #ifdef JLN_WITHOUT_STREAM  // tests: XLA for CPUs calls this, and there is no stream

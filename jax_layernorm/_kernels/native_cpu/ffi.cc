@@ -83,6 +83,11 @@ void advise_huge_pages(const Out& out, int64_t elements) {
 #endif
 }
 
+ffi::Error out_of_memory() {
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted,
+                    "jax_layernorm's native_cpu ran out of memory.");
+}
+
 template <class Problem>
 ffi::Error run_on(ffi::ThreadPool threads, const Problem& problem) {
   // The threads of XLA's pool exist only in the process that started them, so a fork of it
@@ -96,13 +101,11 @@ ffi::Error run_on(ffi::ThreadPool threads, const Problem& problem) {
   }
   static const RowKernels& kernels = best_kernels();
   XlaPool pool(threads);
-  if (run(problem, kernels, pool)) return ffi::Error::Success();
-  return ffi::Error(ffi::ErrorCode::kResourceExhausted,
-                    "jax_layernorm's native_cpu ran out of memory.");
+  return run(problem, kernels, pool) ? ffi::Error::Success() : out_of_memory();
 }
 
 ffi::Error forward(ffi::ThreadPool threads, ForwardAttributes attributes,
-                   ffi::RemainingArgs args, ffi::RemainingRets rets) {
+                   ffi::RemainingArgs args, ffi::RemainingRets rets) try {
   Reader reader(args, rets);
   ForwardProblem p{};
   p.center = attributes.center;
@@ -141,10 +144,12 @@ ffi::Error forward(ffi::ThreadPool threads, ForwardAttributes attributes,
   advise_huge_pages(p.y, p.rows * p.features);
   advise_huge_pages(p.residual_out, p.rows * p.features);
   return run_on(threads, p);
+} catch (const std::bad_alloc&) {
+  return out_of_memory();
 }
 
 ffi::Error backward(ffi::ThreadPool threads, BackwardAttributes attributes,
-                    ffi::RemainingArgs args, ffi::RemainingRets rets) {
+                    ffi::RemainingArgs args, ffi::RemainingRets rets) try {
   Reader reader(args, rets);
   BackwardProblem p{};
   p.center = attributes.center;
@@ -187,6 +192,8 @@ ffi::Error backward(ffi::ThreadPool threads, BackwardAttributes attributes,
 
   advise_huge_pages(p.dx, p.rows * p.features);
   return run_on(threads, p);
+} catch (const std::bad_alloc&) {
+  return out_of_memory();
 }
 
 }  // namespace

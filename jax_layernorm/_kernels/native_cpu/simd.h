@@ -168,14 +168,17 @@ JLN_INLINE Vector<float, N> widen_float16(Vector<uint16_t, N> bits) {
 #if defined(__F16C__)
   if constexpr (N == 8) return (Vector<float, N>)_mm256_cvtph_ps((__m128i)bits);
 #endif
-  // A product moves the exponent by 127 - 15, which is exact even for denormals. Then inf
-  // and NaN get the largest exponent again.
+  // The exponent moves by 127 - 15. A denormal gets the exponent of 2**-14, which is then
+  // subtracted: XLA's threads take float32 denormals for 0 (FTZ and DAZ), and none appears
+  // in this way. inf and NaN get the largest exponent again.
   using U = Vector<uint32_t, N>;
   const U wide = widen_integers<N>(bits);
   const U magnitude = (wide & 0x7fff) << 13;
-  const U scaled = bit_cast<U>(bit_cast<Vector<float, N>>(magnitude) * 0x1p112f);
-  const U finite = magnitude >= (0x7c00u << 13) ? scaled | 0x7f800000u : scaled;
-  return bit_cast<Vector<float, N>>(finite | ((wide & 0x8000) << 16));
+  const U denormal = bit_cast<U>(
+      bit_cast<Vector<float, N>>(magnitude + (113u << 23)) - 0x1p-14f);
+  U result = magnitude < (1u << 23) ? denormal : magnitude + (112u << 23);
+  result = magnitude >= (0x7c00u << 13) ? result | 0x7f800000u : result;
+  return bit_cast<Vector<float, N>>(result | ((wide & 0x8000) << 16));
 }
 
 template <int N>

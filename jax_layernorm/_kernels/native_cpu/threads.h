@@ -148,8 +148,13 @@ bool parallel_for(Pool& pool, int64_t chunks, int64_t helpers, const Body& body)
     return true;
   }
   auto shared = std::make_shared<internal::Chunks>(chunks, helpers + 1, body);
-  for (int64_t i = 0; i < helpers; ++i) {
-    pool.schedule([shared] { shared->work(); });
+  try {
+    for (int64_t i = 0; i < helpers; ++i) {
+      pool.schedule([shared] { shared->work(); });
+    }
+  } catch (const std::bad_alloc&) {
+    // It goes on with fewer helpers. It must not return before they have ended, because
+    // they use `body`.
   }
   shared->work();
   shared->wait();

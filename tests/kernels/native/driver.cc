@@ -10,6 +10,9 @@
 
 #include <sys/mman.h>
 #include <unistd.h>
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -17,6 +20,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <functional>
+#include <memory>
+#include <new>
 #include <random>
 #include <string>
 #include <thread>
@@ -517,12 +523,38 @@ void fuzz(int64_t cases, uint64_t seed) {
   std::printf("\n");
 }
 
+// While it exists, this thread takes float32 denormals for 0, as XLA's threads do.
+class Flushing {
+ public:
+  Flushing() { set(kept_ | kBits); }
+  ~Flushing() { set(kept_); }
+
+ private:
+#if defined(__x86_64__)
+  static constexpr unsigned kBits = 0x8040;  // FTZ and DAZ
+  static unsigned get() { return _mm_getcsr(); }
+  static void set(unsigned to) { _mm_setcsr(to); }
+  unsigned kept_ = get();
+#elif defined(__aarch64__)
+  static constexpr uint64_t kBits = uint64_t{1} << 24;  // FZ
+  static uint64_t get() {
+    uint64_t value;
+    asm volatile("mrs %0, fpcr" : "=r"(value));
+    return value;
+  }
+  static void set(uint64_t to) { asm volatile("msr fpcr, %0" ::"r"(to)); }
+  uint64_t kept_ = get();
+#endif
+};
+
 // Widens every float16 and bfloat16, and rounds sums of two, including infinities and NaN.
-void conversions() {
+// If denormals are flushed, it leaves out bfloat16, whose denormals are those of float32.
+void conversions(bool flushed) {
   std::mt19937_64 random(1);
   for (const RowKernels* kernels : all_kernels()) {
     for (Dtype dtype : {kFloat16, kBFloat16}) {
-      current = std::string("conversions on ") + kernels->name;
+      if (flushed && dtype == kBFloat16) continue;
+      current = std::string(flushed ? "flushed " : "") + "conversions on " + kernels->name;
       Array all(65536, dtype, 0), other(65536, dtype, 1), wide(65536, kFloat32, 3);
       Array sums(65536, dtype, 5);
       for (int i = 0; i < 65536; ++i) {
@@ -531,8 +563,11 @@ void conversions() {
         std::memcpy(static_cast<char*>(all.data()) + 2 * i, &bits, 2);
         std::memcpy(static_cast<char*>(other.data()) + 2 * i, &random_bits, 2);
       }
-      kernels->widen[0][dtype](all.data(), 0, false, wide.data(), 65536);
-      kernels->add[dtype][dtype](all.data(), other.data(), sums.data(), 65536);
+      {
+        std::unique_ptr<Flushing> flushing(flushed ? new Flushing : nullptr);
+        kernels->widen[0][dtype](all.data(), 0, false, wide.data(), 65536);
+        kernels->add[dtype][dtype](all.data(), other.data(), sums.data(), 65536);
+      }
       for (int i = 0; i < 65536; ++i) {
         const auto same = [](Real a, Real b) {
           return (std::isnan(a) && std::isnan(b)) || a == b;
@@ -643,6 +678,29 @@ void callers_at_once() {
   for (auto& caller : callers) caller.join();
 }
 
+// A pool that has no memory for a second task.
+class FullPool : public Pool {
+ public:
+  int64_t threads() const override { return 4; }
+  void schedule(std::function<void()> task) override {
+    if (thread_.joinable()) throw std::bad_alloc();
+    thread_ = std::thread(std::move(task));
+  }
+  ~FullPool() override { thread_.join(); }
+
+ private:
+  std::thread thread_;
+};
+
+void full_pool() {
+  current = "full pool";
+  const Problem problem(2000, 300, 3);
+  Workers one(1);
+  const auto expected = problem.run_on(one, best_kernels());
+  FullPool pool;
+  check(same_bits(problem.run_on(pool, best_kernels()), expected), "other bits");
+}
+
 // All threads of the pool wait until the caller has returned from the norm.
 void busy_pool() {
   current = "busy pool";
@@ -720,10 +778,12 @@ void more_than_32_bits() {
 int main(int argc, char** argv) {
   const int64_t cases = argc > 1 ? std::atoll(argv[1]) : 1000;
   const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 0;
-  conversions();
+  conversions(false);
+  conversions(true);
   number_of_threads();
   callers_at_once();
   busy_pool();
+  full_pool();
 #if !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)  // too much memory
   more_than_32_bits();
 #endif
