@@ -41,6 +41,12 @@ def check_array(name: str, value: Any) -> Array:
             f"{name} must be an array of dtype {_DTYPE_NAMES}; got dtype"
             f" {value.dtype}. Convert it first, as with {name}.astype(jnp.float32)."
         )
+    if value.dtype == jnp.float64 and not jax.config.read("jax_enable_x64"):
+        raise ValueError(
+            f"{name} needs 64-bit types, which are off; got dtype float64, from where they"
+            f" were on. Turn them on, or convert it first, as with {name}.astype("
+            "jnp.float32)."
+        )
     return value
 
 
@@ -301,7 +307,10 @@ def _check_static_number(name: str, value: Any, example: str) -> float:
     ) or (
         isinstance(value, np.ndarray) and value.ndim == 0 and value.dtype.kind in "fiu"
     ):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:  # an integer beyond float64
+            return math.inf if value > 0 else -math.inf
     else:
         received = f"{value!r} of type {type(value).__name__}"
     raise TypeError(

@@ -395,10 +395,11 @@ def _without_mean(
 ) -> Float[Array, "*stats"]:
     """sum((c - mean)**2), given sum(c * c) and the mean of c."""
     # The limit is finite, because inf - inf would be NaN. These are arrays, not
-    # scalars, because jet's rules for max and min expect operands of one shape.
+    # scalars, because jet's rule for min expects operands of one shape.
     most = jnp.full_like(square, float(jnp.finfo(square.dtype).max))
     excess = jnp.minimum(_at_least_one(count) * mean * mean, most)
-    return jnp.maximum(square - excess, jnp.zeros_like(square))
+    # Not max: in a constant row both are 0, and max would pass half of a derivative on.
+    return jnp.where(square < excess, jnp.zeros_like(square), square - excess)
 
 
 def _at_least_one(count: Any) -> Any:
@@ -432,11 +433,12 @@ def _merge(
     if mean is not None and mean_low is not None:
         own += [mean, mean_low]
     if counted:
-        own.append(jnp.broadcast_to(count, square.shape))
-    parts = jnp.stack(own)
+        own.append(count + jnp.zeros_like(square))
+    # The parts get an axis that grows, because a reshape would lose how explicit mesh axes
+    # split the rows. A sum with zeros, unlike broadcast_to, keeps it too.
+    parts = jnp.stack(own)[None]
     for name in reversed(axis_names):
-        parts = lax.all_gather(parts, name)
-    parts = parts.reshape(-1, len(own), *square.shape)
+        parts = lax.all_gather(parts, name, tiled=True)
     squares = parts[:, 0]
     counts = parts[:, -1] if counted else jnp.full_like(squares, _at_least_one(count))
     n = _at_least_one(jnp.sum(counts, 0))
@@ -471,9 +473,8 @@ def _psum(
     sums: dict[str, Any], like: Array, axis_names: tuple[str, ...]
 ) -> dict[str, Array]:
     """Sums each value over the devices too, in one collective."""
-    stacked = jnp.stack(
-        [jnp.broadcast_to(a, like.shape).astype(like.dtype) for a in sums.values()]
-    )
+    zeros = jnp.zeros_like(like)
+    stacked = jnp.stack([zeros + jnp.asarray(a, like.dtype) for a in sums.values()])
     return dict(zip(sums, lax.psum(stacked, axis_names), strict=True))
 
 

@@ -139,9 +139,9 @@ class KernelOp:
         return Problem(self.name, operands, static, "", False, False)
 
     def _trace(
-        self, avals: tuple[Any, ...], treedef: Any, static: Any, mesh: Hashable
+        self, avals: tuple[Any, ...], treedef: Any, static: Any, context: Hashable
     ) -> tuple[list[Any], Any]:
-        del mesh  # part of the cache's key: the outputs' shardings depend on it
+        del context  # part of the cache's key: the outputs' types depend on it
         operands = jax.tree.unflatten(treedef, avals)
         jaxpr, shapes = jax.make_jaxpr(
             functools.partial(self.reference, **dict(static)), return_shape=True
@@ -149,8 +149,8 @@ class KernelOp:
         return list(jaxpr.out_avals), jax.tree.structure(shapes)
 
     def _outputs(self, avals: Any, treedef: Any, static: Any) -> tuple[list[Any], Any]:
-        mesh = jax.sharding.get_abstract_mesh()
-        return self._traced(tuple(avals), treedef, static, mesh)
+        mesh, x64 = jax.sharding.get_abstract_mesh(), jax.config.read("jax_enable_x64")
+        return self._traced(tuple(avals), treedef, static, (mesh, x64))
 
     def _compile(self, treedef: Any, static: Any) -> Callable[..., Any]:
         def bind(*leaves: Any) -> Any:

@@ -45,11 +45,14 @@ class Placement(NamedTuple):
     mesh: Any
     axes: tuple[Any, ...]
     """For each axis of `x` the mesh axes that split it: a name, several, or None."""
+    shape: tuple[Any, ...]
+    """That of `x`."""
 
     def along(self, shape: Sequence[Any]) -> P:
         """The spec of an array of `shape` that broadcasts against `x`."""
-        aligned = zip(self.axes[len(self.axes) - len(shape) :], shape, strict=True)
-        return P(*(None if n == 1 else names for names, n in aligned))
+        first = len(self.axes) - len(shape)
+        aligned = zip(self.axes[first:], self.shape[first:], shape, strict=True)
+        return P(*(names if n == of_x else None for names, of_x, n in aligned))
 
     def explicit(self, axes: Iterable[int]) -> tuple[str, ...]:
         """The explicit mesh axes that split these axes of `x`."""
@@ -61,7 +64,7 @@ def placement_of(x: Any) -> Placement:
     """The placement in the type of `x`, an array or an abstract one."""
     sharding = jax.typeof(x).sharding if isinstance(x, Array) else x.sharding
     missing = x.ndim - len(sharding.spec)
-    return Placement(sharding.mesh, (*sharding.spec, *[None] * missing))
+    return Placement(sharding.mesh, (*sharding.spec, *[None] * missing), (*x.shape,))
 
 
 def placed_alike(
@@ -83,7 +86,7 @@ def placed_alike(
     x, residual, *others = operands
     y_sharding = _sharding_of_sum(given)
     x_sharding = _sharding_of_sum([x] if residual is None else [x, residual])
-    placement = Placement(x_sharding.mesh, (*x_sharding.spec,))
+    placement = Placement(x_sharding.mesh, (*x_sharding.spec,), (*x.shape,))
 
     def place_results(out: Normalized) -> Normalized:
         return out._replace(y=_placed(out.y, y_sharding.mesh, y_sharding.spec))
@@ -111,8 +114,13 @@ def _placed(array: Array, mesh: Any, spec: P) -> Array:
 
 
 def features_are_split(spec: NormSpec, x: Array) -> bool:
-    """Whether explicit mesh axes split the normalized axes."""
-    return bool(placement_of(x).explicit(spec.axes))
+    """Whether explicit mesh axes split the normalized axes, and `on_split_features` runs.
+
+    Inside a `shard_map` over other axes it does not, because a `shard_map` in it could not
+    tell JAX over which of them its gradients vary. The partitioner takes over there.
+    """
+    inside = jax.typeof(x).manual_axis_type.varying
+    return bool(placement_of(x).explicit(spec.axes)) and not inside
 
 
 def on_split_features(

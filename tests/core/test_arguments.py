@@ -311,3 +311,19 @@ def test_messages_state_the_rule_what_was_received_and_the_fix():
             jln.layer_norm({}, X, **options)
         rule, received = str(error.value).split("got", 1)
         assert len(rule) > 10 and len(received.split(". ", 1)[-1]) > 10
+
+
+def test_float64_from_where_it_was_on_is_refused_and_spoils_nothing():
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(3, 5)))
+    for arguments in (({}, x), ({"scale": x[0]}, jnp.ones((3, 5)))):
+        with pytest.raises(ValueError, match="needs 64-bit types, which are off"):
+            jln.layer_norm(*arguments)
+    with jax.enable_x64(True):
+        assert jax.grad(lambda x: jln.layer_norm({}, x)[0, 0])(x).dtype == "float64"
+
+
+@pytest.mark.parametrize("name", ("epsilon", "scale_offset"))
+def test_an_integer_beyond_floats_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be .*finite in float32"):
+        jln.layer_norm({"scale": jnp.ones(8)}, jnp.ones((2, 8)), **{name: 10**400})

@@ -453,3 +453,22 @@ def test_statistics_in_one_pass_are_those_of_all_normalized_axes():
             x, None, None, None, None, spec=spec, with_statistics=True, one_pass=True
         )
         oracle.assert_close(out.y, oracle.norm(x, axis=axes).y)
+
+
+def test_derivatives_at_a_constant_row_are_exact():
+    """There `sum(c * c) == n * mean(c) ** 2 == 0`, a corner if that were a maximum."""
+    row, v = jnp.full(4, 3.0), jnp.array([1.0, -2.0, 3.0, -1.0])
+    u = v - v.mean()
+
+    def first(t):
+        return jln.layer_norm({}, row + t * v, epsilon=1.0)[0]
+
+    third = jax.grad(jax.grad(jax.grad(first)))(0.0)
+    np.testing.assert_allclose(third, -3 * u[0] * jnp.mean(u * u), rtol=1e-5)
+
+    def rstd(x):
+        options = {"epsilon": 1.0, "return_statistics": True, "custom_vjp": False}
+        return jln.layer_norm({}, x, **options)[1].rstd[0]
+
+    centered = np.eye(4) / 4 - 1 / 16  # half of the variance's Hessian
+    np.testing.assert_allclose(jax.hessian(rstd)(row), -centered, atol=1e-6)

@@ -249,6 +249,27 @@ def test_the_version_is_that_of_the_headers_the_library_was_built_with():
     assert here is not None and here >= (0, 3)
 
 
+def test_on_a_machine_that_it_has_not_run_on_it_runs_by_name_only(monkeypatch):
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    jax.clear_caches()
+    try:
+        x = draw(4, 24)
+        choice = jln.explain({}, x)["cpu"]
+        assert choice.implementation == "xla"
+        assert "has not run on riscv64 yet" in choice.reasons["native_cpu"]
+        named = jln.explain({}, x, implementation="native_cpu")["cpu"]
+        assert named.implementation == "native_cpu"
+    finally:
+        jax.clear_caches()
+
+
+def test_another_copy_of_the_library_is_not_registered(monkeypatch):
+    """The CPU backend would fail with both."""
+    monkeypatch.setattr(jax.ffi, _library.REGISTERED, "/elsewhere/library.so")
+    reason = _library.load(_library.path(), pathlib.Path(jax.ffi.include_dir()))
+    assert "another copy of the package, with the library /elsewhere/lib" in reason
+
+
 def test_without_the_library_xla_runs_and_explain_says_why(monkeypatch):
     monkeypatch.setattr(_library, "LIBRARY", "no-such-library.so")
     _library.not_loaded.cache_clear()

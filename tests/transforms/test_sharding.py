@@ -378,3 +378,55 @@ def test_statistics_of_split_features_come_out_of_shard_map():
             np.testing.assert_allclose(a, b.repeat(a.shape[1], 1), rtol=1e-5)
     for got in gradients:
         np.testing.assert_allclose(got, gradient, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kinds", (("Explicit",) * 3, ("Explicit", "Auto", "Explicit")))
+def test_in_shard_map_over_one_axis_the_others_may_split_rows_and_features(kinds):
+    kinds = tuple(getattr(AxisType, kind) for kind in kinds)
+    mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=kinds)
+    params, x = data(jln.layer_norm)
+
+    def loss(norm):
+        return lambda params, x: jnp.sum(jnp.sin(norm(params, x)))
+
+    expected = jax.grad(loss(jln.layer_norm), (0, 1))(params, x)
+    mapped = jax.shard_map(
+        lambda params, x: jln.layer_norm(params, x),
+        in_specs=(P(), P("a")), out_specs=P("a"), axis_names={"a"},
+    )  # fmt: skip
+    explicit = P(
+        *(
+            name if kind == AxisType.Explicit else None
+            for name, kind in zip(mesh.axis_names, kinds, strict=True)
+        )
+    )
+    with jax.set_mesh(mesh):
+        split = jax.device_put(x, NamedSharding(mesh, explicit))
+        actual = jax.jit(jax.grad(loss(mapped), (0, 1)))(params, split)
+    assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("function", (jln.layer_norm, jln.rms_norm))
+def test_features_over_an_axis_of_vmap_and_rows_over_an_explicit_one(function):
+    norm = functools.partial(function, {}, axis_name="features")
+    over_parts = jax.vmap(norm, axis_name="features")
+    x = draw(2, 8, 4, seed=0)
+    expected = over_parts(x)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        split = jax.device_put(x, NamedSharding(mesh, P(None, "data")))
+        assert_same(np.asarray(over_parts(split)), np.asarray(expected))
+
+
+def test_an_axis_of_the_mesh_with_one_device_stays_in_the_types():
+    """A program for several devices, with one example, runs on one device too."""
+    mesh = jax.make_mesh((1, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+
+    def step(x, _):
+        return jln.add_layer_norm({}, x * 2, x)[1], None
+
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.ones((1, 3, 8)), NamedSharding(mesh, P("data")))
+        assert jax.typeof(step(x, None)[0]) == jax.typeof(x + x)
+        last, _ = jax.lax.scan(step, x, None, length=2)
+    np.testing.assert_array_equal(last, 9)
