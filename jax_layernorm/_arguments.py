@@ -309,7 +309,9 @@ def _check_static_number(name: str, value: Any, example: str) -> float:
     ):
         try:
             return float(value)
-        except OverflowError:  # an integer beyond float64, which is refused as infinity is
+        except (
+            OverflowError
+        ):  # an integer beyond float64, which is refused as infinity is
             return math.inf
     else:
         received = f"{value!r} of type {type(value).__name__}"
