@@ -309,10 +309,8 @@ def _check_static_number(name: str, value: Any, example: str) -> float:
     ):
         try:
             return float(value)
-        except (
-            OverflowError
-        ):  # an integer beyond float64, which is refused as infinity is
-            return math.inf
+        except OverflowError:  # an integer beyond float64
+            return math.inf  # the callers refuse it
     else:
         received = f"{value!r} of type {type(value).__name__}"
     raise TypeError(
