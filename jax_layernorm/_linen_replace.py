@@ -167,9 +167,8 @@ def _close(block: _Block) -> None:
         return
     for other in _open.blocks:
         other.in_order = False
-    if not _open.blocks:
-        # The context of this block has set the value that was there when it was opened.
-        _in_the_keys_of_caches(None).__enter__()
+    # The context of this block has set the value that was there when it was opened.
+    _in_the_keys_of_caches(object() if _open.blocks else None).__enter__()
     raise RuntimeError(
         "blocks of replace() must be closed in the reverse order of their opening, in one"
         " thread; got another order, and the blocks that are still open do nothing more."
@@ -184,7 +183,9 @@ def _intercept(
     context: Any,
 ) -> Any:
     module = context.module
-    if module.scope is None or not _open.blocks:  # it is not bound: it computes nothing
+    if module.scope is None:  # it is not bound, so it computes nothing
+        return next_fun(*args, **kwargs)
+    if not (_open.blocks and _open.blocks[-1].in_order):
         return next_fun(*args, **kwargs)
     _open.saw_a_module()
     options = _open.blocks[-1].options

@@ -138,6 +138,25 @@ def test_blocks_must_be_closed_in_the_reverse_order():
     in_a_thread(close_in_another_order)
 
 
+def test_a_block_inside_one_that_was_closed_before_it_does_nothing_more():
+    def close_the_middle():
+        variables = nn.LayerNorm().init(jax.random.key(0), X)
+        norm = jax.jit(nn.LayerNorm().apply)
+        blocks = [jln.linen.replace(also={Scaled: compute_scaled}) for _ in range(3)]
+        reports = [block.__enter__() for block in blocks]
+        with pytest.raises(RuntimeError, match="still open do nothing more"):
+            blocks.pop(1).__exit__(None, None, None)
+        far = X + 1e5
+        inside = norm(variables, far)
+        for block in reversed(blocks):
+            with pytest.raises(RuntimeError, match="in the reverse order"):
+                block.__exit__(None, None, None)
+        assert not any(report.replaced for report in reports)
+        assert_equal(norm(variables, far), inside)
+
+    in_a_thread(close_the_middle)
+
+
 def test_a_block_must_be_closed_in_the_thread_that_opened_it():
     def open_and_close():
         block = jln.linen.replace()
