@@ -274,10 +274,17 @@ def measure(problem: Problem, reasons: dict[str, str]) -> list[Row]:
     """
     arguments = jax.device_put((problem.params, problem.arrays, problem.cotangents))
     copy_seconds = copy_seconds_of(problem)
-    with _kernels.record_decisions() as decisions:
-        program(NORMS[problem.norm]).lower(*arguments)
-    defaults = {decision.chosen for decision in decisions}
+    x = problem.arrays[0]
+    case = (x.shape, x.dtype.name, problem.norm)
+    failed = (Errors(math.nan, math.nan, math.nan), math.nan)
     rows = []
+    with _kernels.record_decisions() as decisions:
+        try:
+            program(NORMS[problem.norm]).lower(*arguments)
+        except Exception as failure:
+            reasons["the default"] = _text(failure)
+            rows.append(Row(*case, "the default", True, *failed, copy_seconds))
+    defaults = {decision.chosen for decision in decisions}
     for name, norm in candidates(problem.norm).items():
         function = program(norm)
         try:
@@ -287,13 +294,16 @@ def measure(problem: Problem, reasons: dict[str, str]) -> list[Row]:
             reasons[name] = str(reason)
             continue
         except Exception as failure:  # of a compiler, a launch or a package
-            errors, seconds = Errors(math.nan, math.nan, math.nan), math.nan
-            first = str(failure).partition("\n")[0]
-            reasons[name] = f"it fails with {type(failure).__name__}: {first}"
-        x, norm_name = problem.arrays[0], problem.norm
-        case = (x.shape, x.dtype.name, norm_name, name, defaults == {name})
-        rows.append(Row(*case, errors, seconds, copy_seconds))
+            errors, seconds = failed
+            reasons[name] = _text(failure)
+        is_default = defaults == {name}
+        rows.append(Row(*case, name, is_default, errors, seconds, copy_seconds))
     return rows
+
+
+def _text(failure: Exception) -> str:
+    first = str(failure).partition("\n")[0]
+    return f"it fails with {type(failure).__name__}: {first}"
 
 
 def verdict(tables: list[list[Row]]) -> str:

@@ -1,5 +1,9 @@
 """`python -m jax_layernorm check`: its verdicts and what it prints, here on the CPU."""
 
+import signal
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -50,6 +54,35 @@ def test_a_wrong_implementation_is_named_and_the_exit_code_is_1(monkeypatch, cap
 def test_an_implementation_that_cannot_run_is_left_out_with_its_reason(capsys):
     assert main(TINY) == 0
     assert "marking was left out of some: " in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("marking_kernel")
+def test_one_that_fails_is_wrong_and_the_others_are_still_tried(monkeypatch, capsys):
+    def fails(*_, **__):
+        raise RuntimeError("the compiler says no\nat length")
+
+    monkeypatch.setattr("marking_kernel.MarkingKernel.forward", lambda *_: fails)
+    assert main(["check", "--shapes", "24x16", "--dtypes", "float32"]) == 1
+    printed = capsys.readouterr().out
+    assert "it fails with RuntimeError: the compiler says no\n" in printed
+    assert "Wrong: marking, the default, in 8 cases" in printed
+    assert " xla " in printed and " Flax " in printed
+
+
+def test_flax_may_fail(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "flax.linen", None)  # importing it raises
+    assert main(TINY) == 0
+    assert "Flax was left out of some: it fails with" in capsys.readouterr().out
+
+
+def test_a_reader_that_stops_reading_is_no_verdict():
+    command = [sys.executable, "-m", "jax_layernorm"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        errors = process.stderr.read()
+    assert process.returncode == 128 + signal.SIGPIPE and "Traceback" not in errors
 
 
 @pytest.mark.parametrize("norm", _check.NORMS)

@@ -5,6 +5,7 @@ implementations cover its numbers, and so does `tests/kernels/native/driver.cc` 
 (`make native`).
 """
 
+import _ctypes
 import ctypes
 import functools
 import os
@@ -242,6 +243,8 @@ def test_the_reason_says_what_cannot_be_loaded_or_compared(tmp_path):
     broken = tmp_path / "broken.so"
     broken.write_bytes(b"not a library")
     assert "does not load" in _library.load(broken, tmp_path)
+    other = pathlib.Path(_ctypes.__file__)
+    assert "is none of this package" in _library.load(other, tmp_path)
 
 
 def test_the_version_is_that_of_the_headers_the_library_was_built_with():
