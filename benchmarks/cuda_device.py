@@ -121,6 +121,17 @@ GRAPH_FLAGS = (
 Say = Callable[..., None]
 
 
+def compiled(norm: str, arguments: Any, **options: Any) -> Callable[[], Any]:
+    """Runs the CUDA kernels on these arrays, forward and backward."""
+    function = functools.partial(_check.candidates(norm)["cuda"], **options)
+    program = _check.program(function).lower(*arguments).compile()
+    return functools.partial(program, *arguments)
+
+
+def bits_of(out: Any) -> bytes:
+    return b"".join(a.tobytes() for a in jax.tree.leaves(out))
+
+
 def checked(
     shape: shapes.Shape, dtype: str, norm: str, **options: Any
 ) -> dict[str, Any]:
@@ -128,16 +139,10 @@ def checked(
     problem = _check.draw(norm, tuple(shape), dtype)
     arguments = jax.device_put((problem.params, problem.arrays, problem.cotangents))
     start = time.perf_counter()
-    function = _check.program(
-        functools.partial(_check.candidates(norm)["cuda"], **options)
-    )
-    compiled = function.lower(*arguments).compile()
+    run_once = compiled(norm, arguments, **options)
     seconds = time.perf_counter() - start
-    out, again = compiled(*arguments), compiled(*arguments)
-    same = all(
-        a.tobytes() == b.tobytes()
-        for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(again), strict=True)
-    )
+    out, again = run_once(), run_once()
+    same = bits_of(out) == bits_of(again)
     errors = _check.errors_of(out, problem)
     if options.get(
         "round_before_scale"
@@ -212,13 +217,9 @@ def skew(say: Say, options: Any, repetitions: int = 20) -> None:
         arguments = jax.device_put((problem.params, problem.arrays, problem.cotangents))
 
         def bits(norm: str = norm, arguments: Any = arguments) -> set[bytes]:
-            """Those of all results, of every repetition."""
-            function = _check.program(_check.candidates(norm)["cuda"])
-            compiled = function.lower(*arguments).compile()
-            return {
-                b"".join(a.tobytes() for a in jax.tree.leaves(compiled(*arguments)))
-                for _ in range(repetitions)
-            }
+            """Those of every repetition."""
+            run_once = compiled(norm, arguments)
+            return {bits_of(run_once()) for _ in range(repetitions)}
 
         right = bits()
         for name, (old, new) in SKEWS.items():

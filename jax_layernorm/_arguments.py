@@ -41,13 +41,18 @@ def check_array(name: str, value: Any) -> Array:
             f"{name} must be an array of dtype {_DTYPE_NAMES}; got dtype"
             f" {value.dtype}. Convert it first, as with {name}.astype(jnp.float32)."
         )
-    if value.dtype == jnp.float64 and not jax.config.read("jax_enable_x64"):
+    if lacks_x64(value.dtype):
         raise ValueError(
             f"{name} needs 64-bit types, which are off; got dtype float64, from where they"
             f" were on. Turn them on, or convert it first, as with {name}.astype("
             "jnp.float32)."
         )
     return value
+
+
+def lacks_x64(dtype: Any) -> bool:
+    """Whether `dtype`, a NumPy dtype, is float64 and 64-bit types are off."""
+    return dtype == DTYPES[-1] and not jax.config.read("jax_enable_x64")
 
 
 def _as_array(name: str, value: Any) -> Any:
@@ -267,7 +272,7 @@ def _check_dtype(dtype: Any, otherwise: str) -> jnp.dtype:
             f"dtype must be {_DTYPE_NAMES}, or {otherwise}; got {dtype!r}. Cast the"
             " result with .astype for any other."
         )
-    if checked == jnp.float64 and not jax.config.read("jax_enable_x64"):
+    if lacks_x64(checked):
         raise ValueError(
             "dtype=float64 needs 64-bit types, which are off; got dtype=float64."
             " Turn them on with jax.config.update('jax_enable_x64', True)."

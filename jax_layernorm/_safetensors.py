@@ -22,7 +22,7 @@ def open_safetensors(path: str | os.PathLike[str]) -> Mapping[str, np.ndarray]:
     return SafetensorsIndex(path) if path.endswith(INDEX) else SafetensorsFile(path)
 
 
-class _Arrays(Mapping[str, np.ndarray]):
+class Arrays(Mapping[str, np.ndarray]):
     """Names that are known without reading the arrays."""
 
     _names: Mapping[str, Any]
@@ -37,7 +37,7 @@ class _Arrays(Mapping[str, np.ndarray]):
         return len(self._names)
 
 
-class SafetensorsIndex(_Arrays):
+class SafetensorsIndex(Arrays):
     """A checkpoint in several files, each opened when one of its arrays is asked for."""
 
     def __init__(self, path: str) -> None:
@@ -84,7 +84,7 @@ def _weight_map(index: Any) -> dict[str, str]:
     return files
 
 
-class SafetensorsFile(_Arrays):
+class SafetensorsFile(Arrays):
     """The floating arrays in a safetensors file, each read when it is asked for."""
 
     def __init__(self, path: str) -> None:

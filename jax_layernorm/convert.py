@@ -23,18 +23,19 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jax_layernorm._arguments import DTYPES, check_array, check_epsilon, check_features
-from jax_layernorm._functions import Params, layer_norm
-from jax_layernorm._safetensors import (
-    SafetensorsFile,
-    SafetensorsIndex,
-    open_safetensors,
+from jax_layernorm._arguments import (
+    DTYPES,
+    check_array,
+    check_epsilon,
+    check_features,
+    lacks_x64,
 )
+from jax_layernorm._functions import Params, layer_norm
+from jax_layernorm._safetensors import Arrays, open_safetensors
 
 _SPELLINGS = {"scale": ("weight", "gamma"), "bias": ("bias", "beta")}
 _EPSILON: float = inspect.signature(layer_norm).parameters["epsilon"].default
@@ -240,8 +241,8 @@ def _nothing_found(state_dict: Mapping[str, Any], prefix: str) -> str:
     near = difflib.get_close_matches(prefix + "weight", norms or keys, n=3, cutoff=0)
     fix = "Give the name of the norm's module as prefix."
     module, _, last = prefix[:-1].rpartition(".")
-    in_file = isinstance(state_dict, SafetensorsFile | SafetensorsIndex)
-    values = {} if in_file else state_dict  # a file would be read whole
+    # A file has no mappings in it, and would be read whole.
+    values = {} if isinstance(state_dict, Arrays) else state_dict
     nested = [key for key, value in values.items() if isinstance(value, Mapping)]
     if nested:
         fix = (
@@ -320,8 +321,7 @@ def _as_jax(name: str, value: Any) -> Array:
     torch: Any = sys.modules.get("torch")  # a caller with a tensor has imported it
     if torch is not None and isinstance(value, torch.Tensor):
         value = _of_tensor(name, value, torch)
-    is_float64 = isinstance(value, np.ndarray) and value.dtype == np.float64
-    if is_float64 and not jax.config.read("jax_enable_x64"):
+    if isinstance(value, np.ndarray) and lacks_x64(value.dtype):
         raise ValueError(
             f"{name} must not lose bits, and float64 needs 64-bit types, which are off;"
             " got dtype float64. Turn them on with"

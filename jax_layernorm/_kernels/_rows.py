@@ -15,6 +15,14 @@ from jax_layernorm import _equations
 from jax_layernorm._kernel_op import Problem
 
 
+def not_run_on(hardware: str) -> str:
+    """Why a kernel is no default on hardware that it has not run on."""
+    return (
+        f"it runs only by name, because it has not run on {hardware} yet; `python -m"
+        " jax_layernorm check` tries it on yours"
+    )
+
+
 class Rows(NamedTuple):
     """The shape of a problem. `*_groups` counts groups of rows; None without the array.
 

@@ -4,6 +4,7 @@ import collections
 import importlib.util
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import embed as program
@@ -414,8 +415,7 @@ def test_a_folder_of_something_else_is_refused(folder, capsys, tmp_path):
 def test_weights_in_float16_are_computed_in_float32(folder, capsys, tmp_path):
     import safetensors.numpy
 
-    for name in program.FILES:
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     halves = {name: value.astype("float16") for name, value in tiny_weights().items()}
     safetensors.numpy.save_file(halves, tmp_path / "model.safetensors")
     saved = tmp_path / "embeddings.npy"
@@ -429,8 +429,7 @@ def test_weights_in_float16_are_computed_in_float32(folder, capsys, tmp_path):
 def test_a_tokenizer_of_another_model_is_refused(folder, capsys, tmp_path):
     import safetensors.numpy
 
-    for name in program.FILES:
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     (tmp_path / "config.json").write_text(json.dumps(HUGGING_FACE | {"vocab_size": 5}))
     weights, words = tiny_weights(), "embeddings.word_embeddings.weight"
     weights[words] = weights[words][:5].copy()

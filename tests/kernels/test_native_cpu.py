@@ -252,18 +252,28 @@ def test_the_version_is_that_of_the_headers_the_library_was_built_with():
     assert here is not None and here >= (0, 3)
 
 
+@pytest.fixture
+def fresh_choices():
+    """Nothing that was decided before the test, or in it, is remembered after."""
+
+    def forget():
+        _library.not_loaded.cache_clear()
+        jax.clear_caches()
+
+    forget()
+    yield
+    forget()
+
+
+@pytest.mark.usefixtures("fresh_choices")
 def test_on_a_machine_that_it_has_not_run_on_it_runs_by_name_only(monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: "riscv64")
-    jax.clear_caches()
-    try:
-        x = draw(4, 24)
-        choice = jln.explain({}, x)["cpu"]
-        assert choice.implementation == "xla"
-        assert "has not run on riscv64 yet" in choice.reasons["native_cpu"]
-        named = jln.explain({}, x, implementation="native_cpu")["cpu"]
-        assert named.implementation == "native_cpu"
-    finally:
-        jax.clear_caches()
+    x = draw(4, 24)
+    choice = jln.explain({}, x)["cpu"]
+    assert choice.implementation == "xla"
+    assert "has not run on riscv64 yet" in choice.reasons["native_cpu"]
+    named = jln.explain({}, x, implementation="native_cpu")["cpu"]
+    assert named.implementation == "native_cpu"
 
 
 def test_another_copy_of_the_library_is_not_registered(monkeypatch):
@@ -273,21 +283,16 @@ def test_another_copy_of_the_library_is_not_registered(monkeypatch):
     assert "another copy of the package, with the library /elsewhere/lib" in reason
 
 
+@pytest.mark.usefixtures("fresh_choices")
 def test_without_the_library_xla_runs_and_explain_says_why(monkeypatch):
     monkeypatch.setattr(_library, "LIBRARY", "no-such-library.so")
-    _library.not_loaded.cache_clear()
-    jax.clear_caches()
-    try:
-        x = draw(4, 24)
-        choice = jln.explain({}, x)["cpu"]
-        assert choice.implementation == "xla"
-        assert "was not compiled" in choice.reasons["native_cpu"]
-        oracle.assert_close(jln.layer_norm({}, x), oracle.norm(x).y)
-        with pytest.raises(NotImplementedError, match="was not compiled"):
-            ours({}, x)
-    finally:
-        _library.not_loaded.cache_clear()
-        jax.clear_caches()
+    x = draw(4, 24)
+    choice = jln.explain({}, x)["cpu"]
+    assert choice.implementation == "xla"
+    assert "was not compiled" in choice.reasons["native_cpu"]
+    oracle.assert_close(jln.layer_norm({}, x), oracle.norm(x).y)
+    with pytest.raises(NotImplementedError, match="was not compiled"):
+        ours({}, x)
 
 
 SAVE_OR_RUN = """

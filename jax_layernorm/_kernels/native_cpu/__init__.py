@@ -39,12 +39,7 @@ MEASURED = ("x86_64", "AMD64")
 def not_default(problem: Problem) -> str | None:
     del problem
     machine = host.machine()
-    if machine in MEASURED:
-        return None
-    return (
-        f"it runs only by name, because it has not run on {machine or 'this machine'} yet;"
-        " `python -m jax_layernorm check` tries it on yours"
-    )
+    return None if machine in MEASURED else _rows.not_run_on(machine or "this machine")
 
 
 def forward(problem: Problem) -> Callable[..., ForwardOutputs]:

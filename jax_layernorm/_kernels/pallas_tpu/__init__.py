@@ -33,6 +33,7 @@ from jax_layernorm._kernel_op import Problem
 from jax_layernorm._kernels._rows import (
     Rows,
     as_rows,
+    not_run_on,
     refuse_separate_parameters,
     reshaped,
     statistics_shape,
@@ -46,10 +47,7 @@ DTYPES = ("bfloat16", "float32")
 
 def not_default(problem: Problem) -> str | None:
     del problem
-    return (
-        "it runs only by name, because it has not run on a TPU yet; `python -m"
-        " jax_layernorm check` tries it on yours"
-    )
+    return not_run_on("a TPU")
 
 
 def forward(problem: Problem) -> Callable[..., _equations.ForwardOutputs]:
